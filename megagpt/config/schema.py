@@ -1,0 +1,277 @@
+"""The typed configuration of a run: one class a section, a one-line docstring with its unit under every field.
+
+Rules within a section stand next to its fields, rules between sections in RunConfig.
+The files are YAML; `megagpt.config.load_config` reads them, applies `section.key=value` and reports all problems at once.
+"""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+
+class Section(BaseModel):
+    """Common behaviour: unknown keys are errors, values are validated, docstrings become field descriptions."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+
+
+class ModelConfig(Section):
+    """The network: a decoder-only transformer covering the GPT-2 and Llama families."""
+
+    vocab_size: int = Field(50257, gt=0)
+    """Number of token ids the embedding and the output head know."""
+    num_layers: int = Field(6, gt=0)
+    """Number of transformer blocks."""
+    hidden_size: int = Field(288, gt=0)
+    """Width of the residual stream."""
+    num_attention_heads: int = Field(6, gt=0)
+    """Number of query heads; must divide hidden_size."""
+    num_kv_heads: int | None = Field(None, gt=0)
+    """Number of key and value heads (grouped-query attention); must divide num_attention_heads; null: the same number."""
+    ffn_hidden_size: int | None = Field(None, gt=0)
+    """Inner width of the feed-forward block; null: 4 x hidden_size, with swiglu 8/3 x hidden_size rounded up to 64."""
+    max_seq_len: int = Field(256, gt=0)
+    """Longest sequence in tokens; learned positions have exactly this many rows."""
+    position: Literal["learned", "sinusoidal", "rope"] = "learned"
+    """Position encoding: a learned table, fixed sines (Vaswani et al. 2017) or rotary embedding (Su et al. 2021)."""
+    rope_theta: float = Field(10000.0, gt=0)
+    """Base of the rotary frequencies; used with position=rope only."""
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    """Normalisation before attention, feed-forward and head."""
+    norm_eps: float = Field(1e-5, gt=0)
+    """Added to the variance in the normalisation."""
+    activation: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu"
+    """Feed-forward activation: exact GELU, its tanh form (GPT-2's), or SwiGLU (Shazeer 2020)."""
+    bias: bool = True
+    """Whether linear layers and LayerNorm have biases."""
+    tie_embeddings: bool = True
+    """Whether the output head shares the token embedding's weights."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout probability of embeddings, attention weights and residual branches; a share, 0 to 1."""
+    initializer_range: float = Field(0.02, gt=0)
+    """Standard deviation of the initial weights; residual projections get it divided by sqrt(2 x num_layers)."""
+
+    @model_validator(mode="after")
+    def _check_shapes(self) -> "ModelConfig":
+        problems = []
+        if self.hidden_size % self.num_attention_heads:
+            divisors = [h for h in range(1, self.hidden_size + 1) if self.hidden_size % h == 0 and h <= 256]
+            problems.append(
+                f"num_attention_heads: {self.num_attention_heads} does not divide hidden_size {self.hidden_size}; "
+                f"choose one of {', '.join(map(str, divisors))}"
+            )
+        elif self.position == "rope" and self.head_dim % 2:
+            problems.append(f"position: rope needs an even head size, but hidden_size / heads is {self.head_dim}")
+        if self.num_attention_heads % self.kv_heads:
+            problems.append(f"num_kv_heads: {self.kv_heads} does not divide num_attention_heads {self.num_attention_heads}")
+        if self.position == "sinusoidal" and self.hidden_size % 2:
+            problems.append(f"position: sinusoidal needs an even hidden_size, but it is {self.hidden_size}")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key and value heads, with the default resolved."""
+        return self.num_kv_heads or self.num_attention_heads
+
+    @property
+    def ffn_size(self) -> int:
+        """Inner width of the feed-forward block, with the default resolved."""
+        if self.ffn_hidden_size:
+            return self.ffn_hidden_size
+        if self.activation == "swiglu":
+            return -(-8 * self.hidden_size // 3 // 64) * 64
+        return 4 * self.hidden_size
+
+
+class DataSource(Section):
+    """One token dataset of a blend."""
+
+    path: str
+    """Prefix of the dataset's files: data/corpus/train for data/corpus/train.bin and train.idx."""
+    weight: float = Field(1.0, gt=0)
+    """Share of this dataset in the blend, relative to the sum of all weights."""
+
+
+class DataConfig(Section):
+    """The token datasets."""
+
+    train: list[DataSource] = Field(min_length=1)
+    """Datasets to train on: a list of {path, weight}."""
+    validation: list[DataSource] = []
+    """Datasets to evaluate on, each on its own; empty: no evaluation."""
+    seq_len: int | None = Field(None, gt=0)
+    """Tokens a sample; null: model.max_seq_len."""
+    document_mask: bool = False
+    """Whether attention and positions stop at document boundaries."""
+
+
+class OptimizerConfig(Section):
+    """AdamW (Loshchilov & Hutter 2019) and gradient clipping."""
+
+    name: Literal["adamw"] = "adamw"
+    """The optimizer."""
+    lr: float = Field(3e-4, gt=0)
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of the first and second moment."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decoupled weight decay, multiplied by the learning rate."""
+    no_decay: list[Literal["norm", "bias", "embedding"]] = ["norm", "bias"]
+    """Kinds of parameters without weight decay."""
+    grad_clip: float = Field(1.0, ge=0)
+    """Largest global L2 norm of the gradient; 0: no clipping."""
+
+    @model_validator(mode="after")
+    def _check_betas(self) -> "OptimizerConfig":
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas: each must be at least 0 and below 1, but they are {list(self.betas)}")
+        return self
+
+
+class ScheduleConfig(Section):
+    """Learning rate by step: linear warm-up to optimizer.lr, then the named shape down to lr x min_lr_ratio."""
+
+    name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape after warm-up; wsd (warm-up, stable, decay) holds the peak and falls linearly at the end of the run."""
+    warmup_steps: int = Field(100, ge=0)
+    """Steps from 0 to the peak."""
+    decay_steps: int | None = Field(None, gt=0)
+    """Steps of the fall; null: all steps after warm-up (cosine, linear), the last tenth of train.steps (wsd)."""
+    min_lr_ratio: float = Field(0.1, ge=0, le=1)
+    """Final learning rate divided by the peak."""
+
+
+class TrainConfig(Section):
+    """The run: where, how long, how large a step, in which precision."""
+
+    run_dir: str = "runs/default"
+    """Folder of the run: configuration, metrics, checkpoints, logs."""
+    steps: int = Field(1000, gt=0)
+    """Optimizer steps of the whole run, resumes included."""
+    global_batch_size: int = Field(32, gt=0)
+    """Sequences an optimizer step, over all ranks; the same at every world size."""
+    micro_batch_size: int | None = Field(None, gt=0)
+    """Sequences a rank processes at once; null: its whole share of the global batch, without accumulation."""
+    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Number format of weights and activations in forward and backward; master weights are always fp32."""
+    seed: int = Field(0, ge=0)
+    """Seed of initial weights, sample order and dropout."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to compute; auto: cuda if torch sees a GPU, else cpu."""
+    compile: bool = True
+    """Whether to compile the model's blocks with torch.compile."""
+    activation_checkpointing: bool = False
+    """Whether blocks recompute their activations in backward: about a third more compute for much less memory."""
+
+
+class ParallelConfig(Section):
+    """How the ranks share the work."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """ZeRO stage (Rajbhandari et al. 2020): 1 shards optimizer state, 2 also gradients, 3 also weights."""
+    offload_optimizer: bool = False
+    """Whether optimizer state and step live in host memory (zero_stage 1 to 3)."""
+    offload_parameters: bool = False
+    """Whether sharded weights live in host memory (zero_stage 3)."""
+
+    @model_validator(mode="after")
+    def _check_offload(self) -> "ParallelConfig":
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError("offload_optimizer: needs zero_stage 1, 2 or 3")
+        if self.offload_parameters and self.zero_stage != 3:
+            raise ValueError(f"offload_parameters: needs zero_stage 3, but it is {self.zero_stage}")
+        return self
+
+
+class CheckpointConfig(Section):
+    """When to save, how many to keep, where to continue from."""
+
+    every: int = Field(1000, ge=0)
+    """Steps between checkpoints; the last step is always saved; 0: only the last step."""
+    keep: int = Field(2, gt=0)
+    """Number of newest checkpoints to keep."""
+    resume: str = "auto"
+    """auto: continue from run_dir's newest complete checkpoint if there is one; never: start anew; or a checkpoint's path."""
+
+
+class EvaluationConfig(Section):
+    """Loss on the validation datasets."""
+
+    every: int = Field(500, ge=0)
+    """Steps between evaluations; the last step is always evaluated; 0: only the last step."""
+    batches: int | None = Field(None, gt=0)
+    """Global batches an evaluation; null: the whole validation dataset."""
+
+
+class LoggingConfig(Section):
+    """What is reported, and where to."""
+
+    every: int = Field(10, gt=0)
+    """Steps between metrics lines."""
+    wandb: bool = False
+    """Whether to log to Weights & Biases."""
+    wandb_project: str = "megagpt"
+    """Weights & Biases project."""
+    wandb_mode: Literal["auto", "online", "offline"] = "auto"
+    """auto: online if the service answers and an account is set up, else offline (upload later with `wandb sync`)."""
+    tensorboard: bool = False
+    """Whether to write TensorBoard event files to run_dir/tensorboard."""
+
+
+class RunConfig(Section):
+    """The whole configuration of a training run."""
+
+    model: ModelConfig = ModelConfig()
+    """The network."""
+    data: DataConfig
+    """The token datasets."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Optimizer and clipping."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Learning rate by step."""
+    train: TrainConfig = TrainConfig()
+    """The run."""
+    parallel: ParallelConfig = ParallelConfig()
+    """How the ranks share the work."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving and resuming."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Validation."""
+    logging: LoggingConfig = LoggingConfig()
+    """Reports."""
+    deepspeed: dict[str, Any] = {}
+    """Raw DeepSpeed options, merged last over what the other sections give; shown in the log."""
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens a sample, with the default resolved."""
+        return self.data.seq_len or self.model.max_seq_len
+
+    @model_validator(mode="after")
+    def _check_between_sections(self) -> "RunConfig":
+        problems = []
+        if self.seq_len > self.model.max_seq_len and self.model.position == "learned":
+            problems.append(f"data.seq_len: {self.seq_len} exceeds model.max_seq_len {self.model.max_seq_len}, "
+                            "the number of learned positions")
+        micro, total = self.train.micro_batch_size, self.train.global_batch_size
+        if micro and total % micro:
+            divisors = [d for d in range(1, total + 1) if total % d == 0]
+            problems.append(f"train.micro_batch_size: {micro} does not divide train.global_batch_size {total}; "
+                            f"choose one of {', '.join(map(str, divisors))}")
+        if self.train.precision == "fp16" and self.train.device == "cpu":
+            problems.append("train.precision: fp16 needs a GPU; on device cpu choose bf16 or fp32")
+        if self.schedule.warmup_steps > self.train.steps:
+            problems.append(f"schedule.warmup_steps: {self.schedule.warmup_steps} exceeds train.steps {self.train.steps}")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self

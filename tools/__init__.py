@@ -1,0 +1,1 @@
+"""Offline commands, one thin file each; what they do lives in megagpt/."""
