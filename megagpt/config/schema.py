@@ -1,19 +1,29 @@
 """The typed configuration of a run: one class a section, a one-line docstring with its unit under every field.
 
-Rules within a section stand next to its fields, rules between sections in RunConfig.
-The files are YAML; `megagpt.config.load_config` reads them, applies `section.key=value` and reports all problems at once.
+A rule between fields is a validator of the later field and reads the earlier ones from `info.data`, where pydantic puts
+the valid ones only: so every rule whose fields are valid is checked, and all problems are reported at once.
+The files are YAML; `megagpt.config.load_config` reads them and applies `section.key=value`.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
 
+from megagpt.config.batch import join_choices, nearest_divisors
 
 
 class Section(BaseModel):
-    """Common behaviour: unknown keys are errors, values are validated, docstrings become field descriptions."""
+    """Common behaviour: no unknown keys, no type coercion ("yes" is no boolean), docstrings are field descriptions."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True)
+    model_config = ConfigDict(
+        allow_inf_nan=False,
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
+    )
 
 
 class ModelConfig(Section):
@@ -28,7 +38,7 @@ class ModelConfig(Section):
     num_attention_heads: int = Field(6, gt=0)
     """Number of query heads; must divide hidden_size."""
     num_kv_heads: int | None = Field(None, gt=0)
-    """Number of key and value heads (grouped-query attention); must divide num_attention_heads; null: the same number."""
+    """Number of key and value heads (grouped-query attention); must divide num_attention_heads; null: as many."""
     ffn_hidden_size: int | None = Field(None, gt=0)
     """Inner width of the feed-forward block; null: 4 x hidden_size, with swiglu 8/3 x hidden_size rounded up to 64."""
     max_seq_len: int = Field(256, gt=0)
@@ -52,24 +62,33 @@ class ModelConfig(Section):
     initializer_range: float = Field(0.02, gt=0)
     """Standard deviation of the initial weights; residual projections get it divided by sqrt(2 x num_layers)."""
 
-    @model_validator(mode="after")
-    def _check_shapes(self) -> "ModelConfig":
-        problems = []
-        if self.hidden_size % self.num_attention_heads:
-            divisors = [h for h in range(1, self.hidden_size + 1) if self.hidden_size % h == 0 and h <= 256]
-            problems.append(
-                f"num_attention_heads: {self.num_attention_heads} does not divide hidden_size {self.hidden_size}; "
-                f"choose one of {', '.join(map(str, divisors))}"
-            )
-        elif self.position == "rope" and self.head_dim % 2:
-            problems.append(f"position: rope needs an even head size, but hidden_size / heads is {self.head_dim}")
-        if self.num_attention_heads % self.kv_heads:
-            problems.append(f"num_kv_heads: {self.kv_heads} does not divide num_attention_heads {self.num_attention_heads}")
-        if self.position == "sinusoidal" and self.hidden_size % 2:
-            problems.append(f"position: sinusoidal needs an even hidden_size, but it is {self.hidden_size}")
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
+    @field_validator("num_attention_heads")
+    @classmethod
+    def _check_heads(cls, heads: int, info: ValidationInfo) -> int:
+        hidden_size = info.data.get("hidden_size")
+        if hidden_size and hidden_size % heads:
+            choices = join_choices(nearest_divisors(hidden_size, heads))
+            raise ValueError(f"{heads} does not divide hidden_size {hidden_size}; choose {choices}")
+        return heads
+
+    @field_validator("num_kv_heads")
+    @classmethod
+    def _check_kv_heads(cls, kv_heads: int | None, info: ValidationInfo) -> int | None:
+        heads = info.data.get("num_attention_heads")
+        if kv_heads and heads and heads % kv_heads:
+            choices = join_choices(nearest_divisors(heads, kv_heads))
+            raise ValueError(f"{kv_heads} does not divide num_attention_heads {heads}; choose {choices}")
+        return kv_heads
+
+    @field_validator("position")
+    @classmethod
+    def _check_position(cls, position: str, info: ValidationInfo) -> str:
+        hidden_size, heads = info.data.get("hidden_size"), info.data.get("num_attention_heads")
+        if position == "sinusoidal" and hidden_size and hidden_size % 2:
+            raise ValueError(f"sinusoidal needs an even hidden_size, but it is {hidden_size}")
+        if position == "rope" and hidden_size and heads and hidden_size // heads % 2:
+            raise ValueError(f"rope needs an even head size, but hidden_size / heads is {hidden_size // heads}")
+        return position
 
     @property
     def head_dim(self) -> int:
@@ -113,6 +132,9 @@ class DataConfig(Section):
     """Whether attention and positions stop at document boundaries."""
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(Section):
     """AdamW (Loshchilov & Hutter 2019) and gradient clipping."""
 
@@ -120,7 +142,7 @@ class OptimizerConfig(Section):
     """The optimizer."""
     lr: float = Field(3e-4, gt=0)
     """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False)  # YAML has lists, no tuples
     """Decay rates of the first and second moment."""
     eps: float = Field(1e-8, gt=0)
     """Added to the root of the second moment."""
@@ -130,12 +152,6 @@ class OptimizerConfig(Section):
     """Kinds of parameters without weight decay."""
     grad_clip: float = Field(1.0, ge=0)
     """Largest global L2 norm of the gradient; 0: no clipping."""
-
-    @model_validator(mode="after")
-    def _check_betas(self) -> "OptimizerConfig":
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas: each must be at least 0 and below 1, but they are {list(self.betas)}")
-        return self
 
 
 class ScheduleConfig(Section):
@@ -162,16 +178,34 @@ class TrainConfig(Section):
     """Sequences an optimizer step, over all ranks; the same at every world size."""
     micro_batch_size: int | None = Field(None, gt=0)
     """Sequences a rank processes at once; null: its whole share of the global batch, without accumulation."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where to compute; auto: cuda if torch sees a GPU, else cpu."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Number format of weights and activations in forward and backward; master weights are always fp32."""
     seed: int = Field(0, ge=0)
     """Seed of initial weights, sample order and dropout."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where to compute; auto: cuda if torch sees a GPU, else cpu."""
     compile: bool = True
     """Whether to compile the model's blocks with torch.compile."""
     activation_checkpointing: bool = False
     """Whether blocks recompute their activations in backward: about a third more compute for much less memory."""
+
+    @field_validator("micro_batch_size")
+    @classmethod
+    def _check_micro_batch(cls, micro_batch_size: int | None, info: ValidationInfo) -> int | None:
+        global_batch_size = info.data.get("global_batch_size")
+        if micro_batch_size and global_batch_size and global_batch_size % micro_batch_size:
+            choices = join_choices(nearest_divisors(global_batch_size, micro_batch_size))
+            raise ValueError(
+                f"{micro_batch_size} does not divide train.global_batch_size {global_batch_size}; choose {choices}"
+            )
+        return micro_batch_size
+
+    @field_validator("precision")
+    @classmethod
+    def _check_precision(cls, precision: str, info: ValidationInfo) -> str:
+        if precision == "fp16" and info.data.get("device") == "cpu":
+            raise ValueError("fp16 needs a GPU; with train.device cpu choose bf16 or fp32")
+        return precision
 
 
 class ParallelConfig(Section):
@@ -184,13 +218,20 @@ class ParallelConfig(Section):
     offload_parameters: bool = False
     """Whether sharded weights live in host memory (zero_stage 3)."""
 
-    @model_validator(mode="after")
-    def _check_offload(self) -> "ParallelConfig":
-        if self.offload_optimizer and self.zero_stage == 0:
-            raise ValueError("offload_optimizer: needs zero_stage 1, 2 or 3")
-        if self.offload_parameters and self.zero_stage != 3:
-            raise ValueError(f"offload_parameters: needs zero_stage 3, but it is {self.zero_stage}")
-        return self
+    @field_validator("offload_optimizer")
+    @classmethod
+    def _check_offload_optimizer(cls, offload: bool, info: ValidationInfo) -> bool:
+        if offload and info.data.get("zero_stage") == 0:
+            raise ValueError("needs parallel.zero_stage 1, 2 or 3, but it is 0")
+        return offload
+
+    @field_validator("offload_parameters")
+    @classmethod
+    def _check_offload_parameters(cls, offload: bool, info: ValidationInfo) -> bool:
+        zero_stage = info.data.get("zero_stage", 3)
+        if offload and zero_stage != 3:
+            raise ValueError(f"needs parallel.zero_stage 3, but it is {zero_stage}")
+        return offload
 
 
 class CheckpointConfig(Section):
@@ -201,7 +242,7 @@ class CheckpointConfig(Section):
     keep: int = Field(2, gt=0)
     """Number of newest checkpoints to keep."""
     resume: str = "auto"
-    """auto: continue from run_dir's newest complete checkpoint if there is one; never: start anew; or a checkpoint's path."""
+    """auto: continue from run_dir's newest complete checkpoint, if any; never: start anew; or a checkpoint's path."""
 
 
 class EvaluationConfig(Section):
@@ -249,7 +290,7 @@ class RunConfig(Section):
     """Validation."""
     logging: LoggingConfig = LoggingConfig()
     """Reports."""
-    deepspeed: dict[str, Any] = {}
+    deepspeed: dict[str, JsonValue] = {}
     """Raw DeepSpeed options, merged last over what the other sections give; shown in the log."""
 
     @property
@@ -257,21 +298,23 @@ class RunConfig(Section):
         """Tokens a sample, with the default resolved."""
         return self.data.seq_len or self.model.max_seq_len
 
-    @model_validator(mode="after")
-    def _check_between_sections(self) -> "RunConfig":
-        problems = []
-        if self.seq_len > self.model.max_seq_len and self.model.position == "learned":
-            problems.append(f"data.seq_len: {self.seq_len} exceeds model.max_seq_len {self.model.max_seq_len}, "
-                            "the number of learned positions")
-        micro, total = self.train.micro_batch_size, self.train.global_batch_size
-        if micro and total % micro:
-            divisors = [d for d in range(1, total + 1) if total % d == 0]
-            problems.append(f"train.micro_batch_size: {micro} does not divide train.global_batch_size {total}; "
-                            f"choose one of {', '.join(map(str, divisors))}")
-        if self.train.precision == "fp16" and self.train.device == "cpu":
-            problems.append("train.precision: fp16 needs a GPU; on device cpu choose bf16 or fp32")
-        if self.schedule.warmup_steps > self.train.steps:
-            problems.append(f"schedule.warmup_steps: {self.schedule.warmup_steps} exceeds train.steps {self.train.steps}")
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
+    @field_validator("data")
+    @classmethod
+    def _check_seq_len(cls, data: DataConfig, info: ValidationInfo) -> DataConfig:
+        model = info.data.get("model")
+        if model and data.seq_len and data.seq_len > model.max_seq_len:
+            raise _problem("data.seq_len", f"{data.seq_len} exceeds model.max_seq_len {model.max_seq_len}")
+        return data
+
+    @field_validator("train")
+    @classmethod
+    def _check_schedule(cls, train: TrainConfig, info: ValidationInfo) -> TrainConfig:
+        schedule = info.data.get("schedule")
+        if schedule and schedule.warmup_steps > train.steps:
+            raise _problem("schedule.warmup_steps", f"{schedule.warmup_steps} exceeds train.steps {train.steps}")
+        return train
+
+
+def _problem(key: str, message: str) -> PydanticCustomError:
+    """A problem between sections, which belongs to `key` and not to the section that found it."""
+    return PydanticCustomError("between_sections", "{key}: {message}", {"key": key, "message": message})
