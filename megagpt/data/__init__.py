@@ -1,0 +1,1 @@
+"""Token files in, batches out: the indexed format, samples, their order, blends, loaders."""

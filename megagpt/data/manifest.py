@@ -1,0 +1,118 @@
+"""manifest.json: how the token dataset beside it was made, and what its files must contain.
+
+One manifest describes one folder: all its splits (train, validation, ...), the tokenizer they share, the whole
+configuration that made them and a checksum of every file. Datasets of other programs have none.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megagpt.data.atomic import replace_file
+from megagpt.errors import UserError
+
+FILE_NAME = "manifest.json"
+FORMAT_VERSION: Literal[1] = 1
+
+
+class _Record(BaseModel):
+    """Common behaviour: immutable; keys that a later program added are ignored."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
+
+
+class TokenizerInfo(_Record):
+    """The tokenizer that made the tokens."""
+
+    name: str
+    """What `load_tokenizer` was given: the name of an encoding, or the path of a trained vocabulary."""
+    vocab_sha256: str
+    """SHA-256 of the vocabulary."""
+    vocab_size: int = Field(gt=0)
+    """Number of token ids, end-of-document included; every id in the dataset is below it."""
+    eod_id: int = Field(ge=0)
+    """Token that ends every document."""
+    file: str | None = None
+    """Name of the vocabulary's copy in the dataset folder; null: the name alone finds it."""
+
+
+class SplitInfo(_Record):
+    """Counts of one split."""
+
+    documents: int = Field(ge=0)
+    """Number of documents."""
+    sequences: int = Field(ge=0)
+    """Number of sequences; one a document unless another program wrote them."""
+    tokens: int = Field(ge=0)
+    """Number of tokens, end-of-document tokens included."""
+
+
+class FileChecksum(_Record):
+    """Size and hash of one file."""
+
+    size: int = Field(ge=0)
+    """Bytes."""
+    xxh3_128: str
+    """128-bit XXH3 of the content, as 32 hexadecimal digits."""
+
+    @classmethod
+    def of(cls, path: str | Path) -> "FileChecksum":
+        """Read the file at `path` and return its checksum."""
+        digest, size = xxhash.xxh3_128(), 0
+        with open(path, "rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+                size += len(block)
+        return cls(size=size, xxh3_128=digest.hexdigest())
+
+
+class Manifest(_Record):
+    """What a dataset folder's manifest.json holds."""
+
+    format_version: Literal[1] = FORMAT_VERSION
+    """Version of this file's format."""
+    tokenizer: TokenizerInfo
+    """The tokenizer of all splits."""
+    splits: dict[str, SplitInfo]
+    """Counts by split; split `train` is in the files train.bin and train.idx."""
+    counts: dict[str, int] = {}
+    """Documents and bytes that came in, left and stayed, by stage."""
+    checksums: dict[str, FileChecksum] = {}
+    """Checksums by file name."""
+    config: dict[str, Any] = {}
+    """The whole configuration that made the dataset."""
+    versions: dict[str, str] = {}
+    """Versions of the libraries that made the dataset."""
+    plan_hash: str = ""
+    """Hash of inputs and configuration: equal hashes mean equal datasets."""
+
+    def save(self, folder: str | Path) -> None:
+        """Write manifest.json into `folder`, atomically."""
+        replace_file(Path(folder) / FILE_NAME, (self.model_dump_json(indent=2) + "\n").encode())
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Manifest | None":
+        """Read the manifest of `folder`; None if there is none. UserError if it is not a manifest or too new."""
+        path = Path(folder) / FILE_NAME
+        try:
+            values = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise UserError(f"{path}: not valid JSON ({error}); copy the dataset again") from None
+        version = values.get("format_version") if isinstance(values, dict) else None
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise UserError(
+                f"{path}: format_version {version} is not known here, {FORMAT_VERSION} is the newest; update MegaGPT"
+            )
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = ".".join(map(str, problem["loc"])) or "the whole file"
+            raise UserError(
+                f"{path}: not a dataset manifest: {key}: {problem['msg']}; copy the dataset again"
+            ) from None
