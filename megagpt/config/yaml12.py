@@ -48,8 +48,10 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
 def dump(value: Any, flow: bool = False) -> str:
-    """`value` as YAML that `parse` reads back; `flow`: nested values in braces, on one line."""
-    text = yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**20, default_flow_style=flow)
+    """`value` as YAML that `parse` reads back; `flow`: all on one line, else the innermost only."""
+    text = yaml.dump(
+        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**20, default_flow_style=flow or None
+    )
     return text.removesuffix("...\n")  # PyYAML's end mark after a lone scalar
 
 
