@@ -12,6 +12,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megagpt.data.atomic import replace_file
+from megagpt.data.indexed import IndexedDataset, idx_path
 from megagpt.errors import UserError
 
 FILE_NAME = "manifest.json"
@@ -116,3 +117,23 @@ class Manifest(_Record):
             raise UserError(
                 f"{path}: not a dataset manifest: {key}: {problem['msg']}; copy the dataset again"
             ) from None
+
+    @classmethod
+    def of(cls, dataset: IndexedDataset) -> "Manifest | None":
+        """The manifest that describes `dataset`; None if its folder has none, or one without this split.
+
+        UserError: as `load`, or the manifest counts other documents, sequences or tokens than the files hold.
+        """
+        prefix = Path(dataset.prefix)
+        manifest = cls.load(prefix.parent)
+        if manifest is None or prefix.name not in manifest.splits:
+            return None
+        listed = manifest.splits[prefix.name]
+        found = SplitInfo(documents=dataset.num_documents, sequences=len(dataset), tokens=dataset.num_tokens)
+        if listed != found:
+            raise UserError(
+                f"{idx_path(prefix)}: holds {found.documents} documents, {found.sequences} sequences, {found.tokens} "
+                f"tokens, but {FILE_NAME} beside it says {listed.documents}, {listed.sequences}, {listed.tokens}; "
+                "copy the whole dataset again"
+            )
+        return manifest

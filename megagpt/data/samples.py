@@ -1,0 +1,109 @@
+"""Samples of seq_len + 1 tokens: views of a token stream, cut at stride seq_len.
+
+Consecutive samples share one token, the last target of one and the first input of the next: a stream of T tokens has
+T - 1 targets. Training samples begin at an offset drawn anew for each epoch and are visited in a permuted order;
+validation samples begin at 0, in file order, the last one padded. Both are pure functions of their index.
+"""
+
+import numpy as np
+import numpy.typing as npt
+from numpy.lib.stride_tricks import sliding_window_view
+
+from megagpt.data.indexed import IndexedDataset, bin_path
+from megagpt.data.order import epoch_offset, permutation_key, permute
+from megagpt.errors import UserError
+
+IGNORE_INDEX = -100
+"""Target that the loss leaves out (torch.nn.functional.cross_entropy's default)."""
+
+TokenArray = npt.NDArray[np.int64]
+DocumentIds = npt.NDArray[np.int32]
+
+
+class TokenSamples:
+    """The infinite sequence of training samples of one dataset: sample n is number n % N of epoch n // N.
+
+    Each epoch visits its N = `len(self)` samples once. Its offset lies in [0, seq_len), as far as N samples still fit;
+    the fewer than 2 x seq_len tokens before and after them are left out of that epoch.
+    """
+
+    def __init__(self, dataset: IndexedDataset, seq_len: int, seed: int) -> None:
+        """Samples of `seq_len` inputs and targets. UserError: the dataset has fewer than seq_len + 1 tokens."""
+        tokens = dataset.num_tokens
+        if tokens < seq_len + 1:
+            raise UserError(
+                f"{bin_path(dataset.prefix)}: one sample of seq_len {seq_len} needs {seq_len + 1} tokens, but there "
+                f"are {tokens}; add text or choose a smaller seq_len"
+            )
+        self.dataset, self.seq_len, self.seed = dataset, seq_len, seed
+        self._num_samples = max(1, (tokens - seq_len) // seq_len)
+        self._offsets = min(seq_len, tokens - self._num_samples * seq_len)
+        self._windows = sliding_window_view(dataset.stream, seq_len + 1)
+
+    def __len__(self) -> int:
+        """Samples an epoch."""
+        return self._num_samples
+
+    def starts(self, indices: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """Stream position of the first token of samples `indices`, shape (count)."""
+        epochs, positions = np.divmod(np.asarray(indices, np.int64), len(self))
+        order = permute(positions, len(self), permutation_key(self.seed, epochs))
+        return epoch_offset(self.seed, epochs, self._offsets) + order * self.seq_len
+
+    def read(self, indices: npt.ArrayLike, document_ids: bool = False) -> tuple[TokenArray, DocumentIds | None]:
+        """Tokens (count, seq_len + 1) of samples `indices`, and if asked for the document ids of their inputs.
+
+        Document ids, (count, seq_len), count from 0 in each sample.
+        """
+        starts = self.starts(indices)
+        tokens = self._windows[starts].astype(np.int64)
+        return tokens, _document_ids(self.dataset, starts, self.seq_len) if document_ids else None
+
+
+class SequentialSamples:
+    """Validation samples of one dataset: every token but the first is a target of exactly one of `len(self)` samples.
+
+    The last sample is padded with IGNORE_INDEX, and samples beyond it consist of IGNORE_INDEX only.
+    """
+
+    def __init__(self, dataset: IndexedDataset, seq_len: int) -> None:
+        """Samples of `seq_len` inputs and targets. UserError: the dataset has fewer than 2 tokens."""
+        if dataset.num_tokens < 2:
+            raise UserError(
+                f"{bin_path(dataset.prefix)}: a validation dataset needs at least 2 tokens, but there are "
+                f"{dataset.num_tokens}; add text or evaluate on another dataset"
+            )
+        self.dataset, self.seq_len = dataset, seq_len
+
+    def __len__(self) -> int:
+        """Samples with at least one target."""
+        return -(-self.num_targets // self.seq_len)
+
+    @property
+    def num_targets(self) -> int:
+        """Targets in all samples."""
+        return self.dataset.num_tokens - 1
+
+    def read(self, indices: npt.ArrayLike, document_ids: bool = False) -> tuple[TokenArray, DocumentIds | None]:
+        """As `TokenSamples.read`; padding is IGNORE_INDEX and belongs to the document before it."""
+        starts = np.asarray(indices, np.int64) * self.seq_len
+        last = self.dataset.num_tokens - 1
+        positions = starts[:, None] + np.arange(self.seq_len + 1)
+        tokens = self.dataset.stream[np.minimum(positions, last)].astype(np.int64)
+        # A window that begins at the last token has no target: that token is one of the window before it.
+        tokens[(positions > last) | (starts >= last)[:, None]] = IGNORE_INDEX
+        ids = _document_ids(self.dataset, np.minimum(starts, last), self.seq_len) if document_ids else None
+        return tokens, ids
+
+
+def _document_ids(dataset: IndexedDataset, starts: npt.NDArray[np.int64], seq_len: int) -> DocumentIds:
+    """Number of document beginnings in (start, start + i] for input i of each sample: (count, seq_len)."""
+    first = dataset.document_of(starts)
+    last = dataset.document_of(np.minimum(starts + seq_len, dataset.num_tokens) - 1)
+    counts = last - first  # documents that begin within each sample
+    rows = np.repeat(np.arange(starts.size), counts)
+    number_in_row = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+    begins = dataset.document_starts(first[rows] + 1 + number_in_row) - starts[rows]
+    marks = np.zeros((starts.size, seq_len), np.int32)
+    np.add.at(marks, (rows, begins), 1)
+    return np.cumsum(marks, axis=1, dtype=np.int32)
