@@ -21,7 +21,7 @@ import xxhash
 from megagpt.config.schema import DataSource
 from megagpt.data.blend import Blend
 from megagpt.data.indexed import IndexedDataset, bin_path
-from megagpt.data.manifest import Manifest, TokenizerInfo
+from megagpt.data.manifest import common_tokenizer
 from megagpt.data.order import ORDER_VERSION
 from megagpt.data.samples import IGNORE_INDEX, DocumentIds, SequentialSamples, TokenArray, TokenSamples
 from megagpt.errors import UsageError, UserError
@@ -47,10 +47,11 @@ class Batch:
         ids = self.document_ids
         return Batch(self.input_ids[samples], self.targets[samples], None if ids is None else ids[samples])
 
-    def to(self, device: torch.device | str) -> "Batch":
-        """The batch on `device`; the copy from pinned memory overlaps with computation."""
-        ids = None if self.document_ids is None else self.document_ids.to(device, non_blocking=True)
-        return Batch(self.input_ids.to(device, non_blocking=True), self.targets.to(device, non_blocking=True), ids)
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The batch on `device`; a non-blocking copy from pinned memory overlaps with computation."""
+        ids = None if self.document_ids is None else self.document_ids.to(device, non_blocking=non_blocking)
+        input_ids = self.input_ids.to(device, non_blocking=non_blocking)
+        return Batch(input_ids, self.targets.to(device, non_blocking=non_blocking), ids)
 
     def pin_memory(self) -> "Batch":
         """The batch in page-locked host memory."""
@@ -66,7 +67,7 @@ class SampleReader(Protocol):
 
 
 class TrainingData:
-    """The endless sequence of training samples of a weighted blend of datasets; a SampleReader."""
+    """The endless sequence of training samples of a weighted blend of datasets."""
 
     def __init__(
         self,
@@ -78,12 +79,12 @@ class TrainingData:
     ) -> None:
         """Open the datasets.
 
-        seq_len: tokens a sample. document_mask: whether batches have document ids. vocab_size: ids that the model
-        knows; with it, no batch is read that has others. UserError: a dataset is damaged or too small, has a tokenizer
-        larger than vocab_size, or another tokenizer than the other datasets.
+        seq_len: tokens a sample. document_mask: whether batches have document ids. vocab_size: number of ids that the
+        model knows; given it, a dataset or a batch with others is refused. UserError: a dataset is damaged or too
+        small. UsageError: its tokenizer is larger than vocab_size, or another one than the other datasets'.
         """
         self.datasets = [IndexedDataset(source.path) for source in sources]
-        self.tokenizer = _common_tokenizer(self.datasets, vocab_size)
+        self.tokenizer = common_tokenizer(self.datasets, vocab_size)
         """The tokenizer of the datasets, as far as they have manifests; None if none has."""
         self.blend = Blend([source.weight for source in sources])
         self._samples = [TokenSamples(dataset, seq_len, seed) for dataset in self.datasets]
@@ -133,28 +134,49 @@ class TrainingData:
 
 
 class ValidationData:
-    """The samples of one dataset in file order, every target once, then samples without targets; a SampleReader.
+    """One rank's part of a validation dataset: iterating it gives micro-batches, anew each time.
 
-    An evaluation reads it through a BatchLoader from sample 0 to `num_batches(global_batch_size) * global_batch_size`:
-    all ranks get as many micro-batches (as ZeRO stage 3 needs), the last of them perhaps without any target.
+    Over all ranks every target comes once. The last windows are filled up with samples without targets, so that every
+    rank gets as many micro-batches as the others: under ZeRO stage 3 they must do their forward passes together.
     """
 
-    def __init__(self, source: DataSource, seq_len: int, document_mask: bool, vocab_size: int | None = None) -> None:
-        """Open the dataset; arguments and errors as for TrainingData."""
+    def __init__(
+        self,
+        source: DataSource,
+        seq_len: int,
+        document_mask: bool,
+        vocab_size: int | None = None,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        max_batches: int | None = None,
+    ) -> None:
+        """Open the dataset; sizes are in samples, max_batches in global batches; errors as for TrainingData."""
         self.dataset = IndexedDataset(source.path)
-        self.tokenizer = _common_tokenizer([self.dataset], vocab_size)
+        self.tokenizer = common_tokenizer([self.dataset], vocab_size)
         """The tokenizer of the dataset; None if it has no manifest."""
         self._samples = SequentialSamples(self.dataset, seq_len)
         self._document_mask, self._vocab_size = document_mask, vocab_size
+        batches = -(-len(self._samples) // global_batch_size)
+        self.num_batches = batches if max_batches is None else min(batches, max_batches)
+        """Global batches of an evaluation."""
+        self._open_loader = partial(
+            BatchLoader,
+            self,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            rank=rank,
+            world_size=world_size,
+            start_sample=0,
+            stop_sample=self.num_batches * global_batch_size,
+        )
 
-    @property
-    def num_targets(self) -> int:
-        """Targets in the whole dataset."""
-        return self._samples.num_targets
-
-    def num_batches(self, global_batch_size: int) -> int:
-        """Global batches that hold all samples, the last one filled up with samples without targets."""
-        return -(-len(self._samples) // global_batch_size)
+    def __iter__(self) -> Iterator[Batch]:
+        with self._open_loader() as loader:
+            for micro_batches in loader:
+                yield from micro_batches
 
     def read(self, start: int, count: int) -> Batch:
         """Samples [start, start + count). UserError: a token id is not below vocab_size."""
@@ -243,30 +265,6 @@ class BatchLoader:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-def _common_tokenizer(datasets: Sequence[IndexedDataset], vocab_size: int | None) -> TokenizerInfo | None:
-    """The tokenizer that the manifests of all datasets name, no larger than vocab_size."""
-    common: tuple[str, TokenizerInfo] | None = None
-    for dataset in datasets:
-        manifest = Manifest.of(dataset)
-        if manifest is None:
-            continue
-        tokenizer = manifest.tokenizer
-        if vocab_size is not None and tokenizer.vocab_size > vocab_size:
-            raise UserError(
-                f"{dataset.prefix}: its tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, but the model knows "
-                f"{vocab_size}; set model.vocab_size to at least {tokenizer.vocab_size} or choose another dataset"
-            )
-        if common is None:
-            common = dataset.prefix, tokenizer
-        elif common[1].vocab_sha256 != tokenizer.vocab_sha256:
-            raise UserError(
-                f"{dataset.prefix}: made with tokenizer {tokenizer.name} (vocabulary {tokenizer.vocab_sha256[:12]}), "
-                f"but {common[0]} with {common[1].name} ({common[1].vocab_sha256[:12]}); blend datasets of one "
-                "tokenizer only"
-            )
-    return common and common[1]
 
 
 def _check_ids(tokens: TokenArray, dataset: IndexedDataset, vocab_size: int | None) -> None:

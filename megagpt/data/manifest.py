@@ -5,6 +5,7 @@ configuration that made them and a checksum of every file. Datasets of other pro
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +13,9 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megagpt.data.atomic import replace_file
-from megagpt.data.indexed import IndexedDataset, idx_path
-from megagpt.errors import UserError
+from megagpt.data.indexed import IndexedDataset, bin_path, idx_path
+from megagpt.errors import UsageError, UserError
+from megagpt.tokenizer import Tokenizer, load_tokenizer
 
 FILE_NAME = "manifest.json"
 FORMAT_VERSION: Literal[1] = 1
@@ -137,3 +139,54 @@ class Manifest(_Record):
                 "copy the whole dataset again"
             )
         return manifest
+
+    def load_tokenizer(self, folder: str | Path, vocab_dir: str | Path | None = None) -> Tokenizer:
+        """The tokenizer of the dataset in `folder`: its own copy if it has one, else found by name, in vocab_dir first.
+
+        UserError: it cannot be found, or its vocabulary is another than when the dataset was made.
+        """
+        copy = self.tokenizer.file
+        tokenizer = load_tokenizer(Path(folder) / copy if copy else self.tokenizer.name, vocab_dir)
+        if tokenizer.vocab_sha256 != self.tokenizer.vocab_sha256:
+            raise UserError(
+                f"{Path(folder) / FILE_NAME}: the vocabulary of tokenizer {self.tokenizer.name} has sha256 "
+                f"{tokenizer.vocab_sha256[:12]}..., the dataset was made with {self.tokenizer.vocab_sha256[:12]}...; "
+                "find that vocabulary or make the dataset anew"
+            )
+        return tokenizer
+
+    def verify_files(self, dataset: IndexedDataset) -> None:
+        """Read both files of `dataset` and compare their checksums. UserError names the file that differs."""
+        for path in (idx_path(dataset.prefix), bin_path(dataset.prefix)):
+            expected, found = self.checksums.get(path.name), FileChecksum.of(path)
+            if expected and found != expected:
+                raise UserError(
+                    f"{path}: {found.size} bytes with xxh3_128 {found.xxh3_128}, but {FILE_NAME} beside it says "
+                    f"{expected.size} and {expected.xxh3_128}; copy the file again"
+                )
+
+
+def common_tokenizer(datasets: Sequence[IndexedDataset], vocab_size: int | None = None) -> TokenizerInfo | None:
+    """The tokenizer that the manifests of these datasets name; None if none of them has a manifest.
+
+    UsageError: two of them name different vocabularies, or one that has more ids than `vocab_size`, the model's number.
+    """
+    common: tuple[str, TokenizerInfo] | None = None
+    for dataset in datasets:
+        manifest = Manifest.of(dataset)
+        if manifest is None:
+            continue
+        tokenizer = manifest.tokenizer
+        if vocab_size is not None and tokenizer.vocab_size > vocab_size:
+            raise UsageError(
+                f"{dataset.prefix}: its tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, but the model knows "
+                f"{vocab_size}; set model.vocab_size to {tokenizer.vocab_size} or more, or choose another dataset"
+            )
+        if common is None:
+            common = dataset.prefix, tokenizer
+        elif common[1].vocab_sha256 != tokenizer.vocab_sha256:
+            raise UsageError(
+                f"{dataset.prefix}: made with tokenizer {tokenizer.name} ({tokenizer.vocab_sha256[:12]}...), but "
+                f"{common[0]} with {common[1].name} ({common[1].vocab_sha256[:12]}...); use datasets of one tokenizer"
+            )
+    return common and common[1]

@@ -1,0 +1,125 @@
+"""python -m tools.inspect_data: what is in a token dataset, and whether it is whole."""
+
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from megagpt.data.indexed import IndexedDataset, bin_path, idx_path
+from megagpt.data.manifest import Manifest
+from megagpt.errors import UsageError, UserError
+from megagpt.tokenizer import Tokenizer, load_tokenizer
+from tools.command import run_command, single_command
+
+PROGRAM = "python -m tools.inspect_data"
+SAMPLED_DOCUMENTS = 10_000_000  # lengths of more documents than these are summarised from evenly spaced ones
+
+
+def main(
+    dataset: Annotated[Path, typer.Argument(help="Prefix of a dataset's .bin and .idx, or a folder of datasets.")],
+    document: Annotated[
+        list[int] | None, typer.Option(help="Number of a document to show, from 0; repeatable.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens to show of a document.")] = 200,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Tokenizer to decode with, instead of the one that the manifest names.")
+    ] = None,
+    vocab_dir: Annotated[
+        Path | None, typer.Option(envvar="MEGAGPT_VOCAB_DIR", help="Folder of vocabulary files.")
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Read everything: every entry, id and checksum.")] = False,
+) -> None:
+    """Show counts, document lengths, origin and single documents of a token dataset; with --verify check it whole.
+
+    Example: python -m tools.inspect_data data/corpus/train --document 0 --document 7 --verify
+    """
+    for prefix in _prefixes(dataset):
+        opened = IndexedDataset(prefix)
+        manifest = Manifest.of(opened)
+        print(prefix)
+        _print_counts(opened)
+        if manifest:
+            _print_origin(manifest)
+        if verify:
+            _verify(opened, manifest)
+        if document:
+            _print_documents(opened, document, tokens, _find_tokenizer(opened, manifest, tokenizer, vocab_dir))
+
+
+def _prefixes(path: Path) -> list[Path]:
+    """The datasets that `path` names: all of a folder, or the one of that prefix (or of its .bin or .idx)."""
+    if not path.is_dir():
+        return [path.with_suffix("") if path.suffix in (".bin", ".idx") else path]
+    prefixes = sorted(index.with_suffix("") for index in path.glob("*.idx"))
+    if not prefixes:
+        raise UserError(f"{path}: no .idx file in this folder; name a dataset's folder or its prefix")
+    return prefixes
+
+
+def _print_counts(dataset: IndexedDataset) -> None:
+    size = sum(path(dataset.prefix).stat().st_size for path in (bin_path, idx_path))
+    print(
+        f"  {dataset.num_documents:,} documents, {len(dataset):,} sequences, {dataset.num_tokens:,} tokens "
+        f"({dataset.dtype}), {size:,} bytes"
+    )
+    step = max(1, dataset.num_documents // SAMPLED_DOCUMENTS)
+    sample = np.arange(0, dataset.num_documents, step)
+    if sample.size:
+        lengths = dataset.document_starts(sample + 1) - dataset.document_starts(sample)
+        levels = {"shortest": 0, "10%": 10, "median": 50, "90%": 90, "99%": 99, "longest": 100}
+        values = np.percentile(lengths, list(levels.values()), method="lower")
+        summary = ", ".join(f"{name} {value:,}" for name, value in zip(levels, values, strict=True))
+        print(f"  tokens a document: {summary}, mean {lengths.mean():,.1f}" + f" (every {step}th)" * (step > 1))
+
+
+def _print_origin(manifest: Manifest) -> None:
+    tokenizer = manifest.tokenizer
+    print(
+        f"  tokenizer: {tokenizer.name}, {tokenizer.vocab_size:,} ids, end of document {tokenizer.eod_id}, "
+        f"sha256 {tokenizer.vocab_sha256}"
+    )
+    for title, values in (("counts", manifest.counts), ("config", manifest.config), ("versions", manifest.versions)):
+        if values:
+            print(f"  {title}: " + ", ".join(f"{key} {value}" for key, value in values.items()))
+    if manifest.plan_hash:
+        print(f"  plan: {manifest.plan_hash}")
+
+
+def _verify(dataset: IndexedDataset, manifest: Manifest | None) -> None:
+    smallest, largest = dataset.verify()
+    print(f"  verified: every index entry; token ids are {smallest} to {largest}")
+    if manifest is None:
+        print("  no manifest describes this dataset: no checksums to compare")
+        return
+    if smallest < 0 or largest >= manifest.tokenizer.vocab_size:
+        raise UserError(
+            f"{bin_path(dataset.prefix)}: token ids {smallest} to {largest}, but tokenizer {manifest.tokenizer.name} "
+            f"has {manifest.tokenizer.vocab_size}; make the dataset anew"
+        )
+    manifest.verify_files(dataset)
+    print("  verified: ids fit the tokenizer, files agree with the manifest's checksums")
+
+
+def _find_tokenizer(
+    dataset: IndexedDataset, manifest: Manifest | None, name: str | None, vocab_dir: Path | None
+) -> Tokenizer | None:
+    if name:
+        return load_tokenizer(name, vocab_dir)
+    return manifest.load_tokenizer(Path(dataset.prefix).parent, vocab_dir) if manifest else None
+
+
+def _print_documents(dataset: IndexedDataset, numbers: list[int], limit: int, tokenizer: Tokenizer | None) -> None:
+    for number in numbers:
+        if not 0 <= number < dataset.num_documents:
+            raise UsageError(
+                f"--document {number}: {dataset.prefix} has {dataset.num_documents} documents, numbered from 0"
+            )
+        ids = dataset.document(number)
+        shown = ids[:limit]
+        print(f"  document {number}: {len(ids):,} tokens" + f", the first {limit}:" * (len(ids) > limit))
+        print(tokenizer.decode(shown) if tokenizer else " ".join(map(str, shown.tolist())))
+
+
+if __name__ == "__main__":
+    run_command(single_command(main, PROGRAM), PROGRAM)
