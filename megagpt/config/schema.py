@@ -303,7 +303,10 @@ class RunConfig(Section):
     def _check_seq_len(cls, data: DataConfig, info: ValidationInfo) -> DataConfig:
         model = info.data.get("model")
         if model and data.seq_len and data.seq_len > model.max_seq_len:
-            raise _problem("data.seq_len", f"{data.seq_len} exceeds model.max_seq_len {model.max_seq_len}")
+            raise _problem(
+                "data.seq_len",
+                f"{data.seq_len} exceeds model.max_seq_len {model.max_seq_len}; raise that or lower this",
+            )
         return data
 
     @field_validator("train")
@@ -311,7 +314,15 @@ class RunConfig(Section):
     def _check_schedule(cls, train: TrainConfig, info: ValidationInfo) -> TrainConfig:
         schedule = info.data.get("schedule")
         if schedule and schedule.warmup_steps > train.steps:
-            raise _problem("schedule.warmup_steps", f"{schedule.warmup_steps} exceeds train.steps {train.steps}")
+            raise _problem(
+                "schedule.warmup_steps", f"{schedule.warmup_steps} exceeds train.steps {train.steps}; lower it"
+            )
+        decay_steps = schedule.decay_steps if schedule and schedule.name == "wsd" else None
+        if schedule and decay_steps and schedule.warmup_steps + decay_steps > train.steps:
+            raise _problem(
+                "schedule.decay_steps",
+                f"{decay_steps} and warmup_steps {schedule.warmup_steps} together exceed train.steps {train.steps}",
+            )
         return train
 
 
