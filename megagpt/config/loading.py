@@ -225,5 +225,8 @@ def _source_of(path: KeyPath, sources: dict[KeyPath, Source]) -> Source:
 
 
 def _message(problems: list[Problem]) -> str:
-    lines = [f"{problem.source.label}: {problem.text}" for problem in sorted(problems)]
+    lines = [
+        f"{problem.source.label}: {problem.text}"
+        for problem in sorted(problems, key=lambda problem: problem.source.rank)
+    ]
     return lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems in the configuration", *lines])

@@ -44,7 +44,13 @@ def _construct_int(loader: _Loader, node: yaml.ScalarNode) -> int:
     return int(loader.construct_scalar(node))
 
 
+def _represent_str(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    """Double quotes escape what PyYAML's other styles would lose or fold: line breaks of any kind."""
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+_Dumper.add_representer(str, _represent_str)
 
 
 def dump(value: Any, flow: bool = False) -> str:
