@@ -79,7 +79,7 @@ lr: 3
 data:
   train: [{paht: a, weight: -1}, {}]
   seq_len: 512
-optimizer: {lr: 3e-4x, betas: [0.9, 2]}
+optimizer: {lr: 3e-4x, betas: [-1, 2]}
 train:
   global_batch_size: 32
   micro_batch_size: 5
@@ -101,7 +101,7 @@ train:
         "c.yaml:9: data.train.0.weight: expected a number above 0, but it is -1",
         "c.yaml:9: data.train.1.path: required, but not given; expected text",
         "c.yaml:11: optimizer.lr: expected a number above 0, but it is the text '3e-4x'",
-        "c.yaml:11: optimizer.betas: expected a list of 2, each a number at least 0 and below 1, but it is [0.9, 2]",
+        "c.yaml:11: optimizer.betas: expected a list of 2, each a number at least 0 and below 1, but it is [-1, 2]",
         "c.yaml:14: train.micro_batch_size: 5 does not divide train.global_batch_size 32; choose 1, 2, 4, 8, 16 or 32",
         "c.yaml:15: train.stepps: unknown key; did you mean train.steps?",
         "c.yaml:16: train.precision: fp16 needs a GPU; with train.device cpu choose bf16 or fp32",
@@ -113,6 +113,15 @@ train:
         "override schedule.wurmup_steps=1e3: schedule.wurmup_steps: unknown key; did you mean schedule.warmup_steps?",
         "override schedule.wurmup_steps=1e3: schedule.warmup_steps: expected a whole number at least 0, "
         "but it is 1000.0",
+    ]
+
+
+def test_a_value_from_an_override_is_never_blamed_on_the_line_that_it_replaced(write):
+    path = write("data:\n  train: [{path: a, weight: 1}]\ntrain:\n  steps: 500\n")
+    assert problems(path, "train.steps=x", "data.train=[{path: b, weight: 0}]", "data.train.0.path=3") == [
+        "override train.steps=x: train.steps: expected a whole number above 0, but it is the text 'x'",
+        "override data.train=[{path: b, weight: 0}]: data.train.0.weight: expected a number above 0, but it is 0",
+        "override data.train.0.path=3: data.train.0.path: expected text, but it is 3",
     ]
 
 
