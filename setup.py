@@ -1,10 +1,15 @@
 """Packaging of MegaGPT. The commands (launch/, tools/, slurm/) run from the checkout; the library is installed."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+version = re.search(r'__version__ = "(.+)"', (Path(__file__).parent / "megagpt/__init__.py").read_text())[1]
 
 setup(
     name="megagpt",
-    version="0.1.0",
+    version=version,
     description="Train GPT-style language models from raw text, on one laptop or on thousands of GPUs",
     license="Apache-2.0",
     packages=find_packages(include=["megagpt", "megagpt.*"]),

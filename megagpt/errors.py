@@ -19,3 +19,11 @@ class UsageError(UserError, ValueError):
 
 class ConfigError(UsageError):
     """One or more problems of a configuration; the message has one line a problem, each with file and key."""
+
+
+class AgreedError(UserError):
+    """A UserError that every rank raises together, with the exit code of the first; rank 0 alone needs to print it."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

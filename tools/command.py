@@ -6,14 +6,14 @@ usage errors are turned into one line; any other exception is a bug and keeps it
 
 import os
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
 
 from megagpt.errors import UserError
 
 # typer carries click inside since 0.2x, so the class is found through one that typer has always exported.
-_USAGE_ERROR = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
+_USAGE_ERROR: type[Any] = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
 
 
 def single_command(function, name: str) -> typer.Typer:  # type: ignore[no-untyped-def]
@@ -31,7 +31,7 @@ def run_command(app: typer.Typer, prog_name: str) -> NoReturn:
     except UserError as error:
         code = fail(str(error), error.exit_code)
     except _USAGE_ERROR as error:
-        code = fail(f"{error.format_message()} See {prog_name} --help", 2)  # type: ignore[attr-defined]
+        code = fail(f"{error.format_message()} See {prog_name} --help", 2)
     except (KeyboardInterrupt, typer.Abort):
         code = fail("interrupted", 130)
     except BrokenPipeError:

@@ -1,0 +1,1 @@
+"""What training costs: device peaks, memory and time."""

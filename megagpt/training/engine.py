@@ -1,0 +1,210 @@
+"""The one door to DeepSpeed: a RunConfig becomes DeepSpeed's options, and a step becomes forward, backward, update.
+
+What this module guarantees on top of DeepSpeed, at every ZeRO stage:
+
+- the loss is a sum over the global batch divided by its number of target tokens, however ranks and micro-batches
+  cut it;
+- gradients are accumulated and reduced in fp32, master weights are fp32 (stages 1-3: DeepSpeed's; stage 0 keeps fp32
+  weights and computes under autocast, since DeepSpeed has no fp32 accumulation for 16-bit weights without ZeRO);
+- initial weights depend on the seed and a parameter's name alone, so all stages and world sizes start the same;
+- a step with a non-finite gradient changes nothing and says so.
+"""
+
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from megagpt.config.schema import RunConfig
+from megagpt.data.loader import Batch
+from megagpt.data.samples import IGNORE_INDEX
+from megagpt.errors import UserError
+from megagpt.model.gpt import GPT, compile_blocks
+from megagpt.model.init import initialize_weights, parameter_kind
+from megagpt.training.optimizer import build_optimizer, parameter_groups
+
+_AUTOCAST_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+_SHARDS = "deepspeed"  # folder of DeepSpeed's own files inside a checkpoint
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step, left on the device so that reading it is the caller's choice of moment.
+
+    loss: this rank's share of the global mean loss (fp32 scalar; the sum over ranks is the loss).
+    grad_norm: global L2 norm of the gradient before clipping (tensor or float; inf when not finite).
+    applied: whether the weights changed; False after a non-finite gradient.
+    """
+
+    loss: torch.Tensor
+    grad_norm: torch.Tensor | float
+    applied: bool
+
+
+def deepspeed_options(
+    config: RunConfig, micro_batch_size: int, gradient_accumulation_steps: int, device: torch.device
+) -> dict[str, Any]:
+    """DeepSpeed's configuration for `config`, with the raw `deepspeed` section merged last."""
+    parallel, precision = config.parallel, config.train.precision
+    zero: dict[str, Any] = {
+        "stage": parallel.zero_stage,
+        "overlap_comm": device.type == "cuda",
+        "contiguous_gradients": True,
+    }
+    if parallel.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    if parallel.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    options: dict[str, Any] = {
+        "train_batch_size": config.train.global_batch_size,
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": gradient_accumulation_steps,
+        "gradient_clipping": config.optimizer.grad_clip,
+        "communication_data_type": "fp32",
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        # With offload, torch's fused CPU AdamW steps: nothing to compile, and the same arithmetic as without offload.
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if precision != "fp32":
+        if parallel.zero_stage == 0:
+            options["torch_autocast"] = {"enabled": True, "dtype": _AUTOCAST_DTYPES[precision]}
+        else:
+            options[precision] = {"enabled": True}
+            options["data_types"] = {"grad_accum_dtype": "fp32"}
+    return _merge(options, config.deepspeed)
+
+
+class Engine:
+    """A GPT under DeepSpeed: `step`, `evaluate`, `save`, `load`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        micro_batch_size: int,
+        gradient_accumulation_steps: int,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.device = device
+        self.options = deepspeed_options(config, micro_batch_size, gradient_accumulation_steps, device)
+        self.zero_stage = int(self.options["zero_optimization"]["stage"])
+        model = self._build_model()
+        groups = parameter_groups(model, config.optimizer, parameter_kind)
+        try:
+            self._engine, *_ = deepspeed.initialize(
+                model=model, optimizer=build_optimizer(groups, config.optimizer), config=self.options
+            )
+        except ValueError as error:  # pydantic's ValidationError of DeepSpeed's own schema is one
+            if not config.deepspeed:
+                raise
+            raise UserError(
+                f"DeepSpeed refuses its options (section deepspeed): {' '.join(str(error).split())}"
+            ) from error
+        if config.train.compile:
+            compile_blocks(self._engine.module)
+
+    @property
+    def module(self) -> nn.Module:
+        """The GPT itself; its weights are partitioned at stage 3."""
+        return self._engine.module
+
+    def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepResult:
+        """Forward, backward and update over this rank's micro-batches of one global batch."""
+        self._engine.train()
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        batches = [self._to_device(batch) for batch in micro_batches]
+        targets = sum(((batch.targets != IGNORE_INDEX).sum() for batch in batches), torch.zeros((), device=self.device))
+        dist.all_reduce(targets)
+        loss = torch.zeros((), device=self.device)
+        grad_norm: torch.Tensor | float = 0.0
+        applied = False
+        for index, batch in enumerate(batches):
+            # DeepSpeed averages gradients over ranks; times world size makes that the sum, over targets the mean.
+            loss_sum = self._engine(batch.input_ids, batch.targets, batch.document_ids)
+            loss += loss_sum.detach() / targets
+            self._engine.backward(loss_sum * (dist.get_world_size() / targets), scale_wrt_gas=False)
+            if self.zero_stage == 0 and index == len(batches) - 1:
+                grad_norm, applied = self._check_unsharded_gradients()
+            self._engine.step()
+        if self.zero_stage > 0:
+            grad_norm, applied = self._engine.get_global_grad_norm(), self._engine.was_step_applied()
+        return StepResult(loss, grad_norm, applied)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
+        """Mean loss over all targets of all ranks' batches, and their number. Every rank must bring as many batches."""
+        self._engine.eval()
+        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for batch in batches:
+            moved = self._to_device(batch)
+            totals[0] += self._engine(moved.input_ids, moved.targets, moved.document_ids)
+            totals[1] += (moved.targets != IGNORE_INDEX).sum()
+        dist.all_reduce(totals)
+        loss_sum, count = totals.tolist()
+        return loss_sum / max(count, 1), int(count)
+
+    def save(self, folder: Path) -> None:
+        """Write this rank's part of weights and optimizer state below `folder`; all ranks call it."""
+        self._engine.save_checkpoint(str(folder), tag=_SHARDS, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote at the same world size and ZeRO stage; all ranks call it."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag=_SHARDS)
+        if path is None:
+            raise UserError(f"{folder}: DeepSpeed found no checkpoint in it")
+
+    def close(self) -> None:
+        """Free DeepSpeed's hooks and buffers, so that another engine can live in this process."""
+        self._engine.destroy()
+
+    def _build_model(self) -> GPT:
+        seed, checkpointing = self.config.train.seed, self.config.train.activation_checkpointing
+        if self.zero_stage < 3:
+            model = GPT(self.config.model, activation_checkpointing=checkpointing)
+            initialize_weights(model, seed)
+            return model.to(self.device)
+        # Each layer is sharded as it is made: no rank ever holds the whole model. The dtype comes from the options; a
+        # dtype argument would be ignored on a CPU, where DeepSpeed 0.19 takes bf16 instead.
+        with deepspeed.zero.Init(config_dict_or_path=self.options):
+            model = GPT(self.config.model, activation_checkpointing=checkpointing)
+        initialize_weights(model, seed, gather=_gathered)
+        return model
+
+    def _check_unsharded_gradients(self) -> tuple[torch.Tensor, bool]:
+        """Stage 0, where DeepSpeed neither keeps the norm nor checks it: the norm, and whether it is finite.
+
+        A non-finite gradient is dropped, so that the following step does nothing; with fp16 that is the scaler's work.
+        """
+        parameters = [p for p in self.module.parameters() if p.grad is not None]
+        scaler = self._engine.torch_autocast_z0_gradscaler
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        finite = bool(torch.isfinite(norm))
+        if scaler:
+            return norm / scaler.get_scale(), finite
+        if not finite:
+            for parameter in parameters:
+                parameter.grad = None
+        return norm, finite
+
+    def _to_device(self, batch: Batch) -> Batch:
+        return batch.to(self.device)
+
+
+def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
+    """Whole parameters inside the block; what rank 0 wrote there becomes every rank's shard."""
+    return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+
+
+def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in extra.items():
+        merged[key] = _merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+    return merged

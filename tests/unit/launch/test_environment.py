@@ -1,0 +1,97 @@
+"""Every launcher's variables lead to the right place in the job; contradictions stop with the variable's name."""
+
+import pytest
+
+from launch.environment import discover, port_of_job, tasks_per_node
+from launch.train import cpu_threads
+from megagpt.errors import UsageError
+
+TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"} | {
+    "MASTER_ADDR": "node1",
+    "MASTER_PORT": "29500",
+}
+RENDEZVOUS = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "4242"}
+
+
+def place(environ):
+    found = discover(environ)
+    return (
+        found.rank,
+        found.local_rank,
+        found.world_size,
+        found.local_world_size,
+        found.master_addr,
+        found.master_port,
+    )
+
+
+def test_alone_without_any_launcher():
+    found = discover({})
+    assert (found.rank, found.local_rank, found.world_size, found.local_world_size) == (0, 0, 1, 1)
+    assert found.master_addr == "127.0.0.1"
+    assert 1024 < found.master_port < 65536
+
+
+def test_torchrun():
+    assert place(TORCHRUN) == (5, 1, 8, 4, "node1", 29500)
+
+
+def test_open_mpi():
+    variables = {"OMPI_COMM_WORLD_SIZE": "6", "OMPI_COMM_WORLD_RANK": "4"} | {
+        "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+        "OMPI_COMM_WORLD_LOCAL_SIZE": "3",
+    }
+    assert place(variables | RENDEZVOUS) == (4, 1, 6, 3, "10.0.0.1", 4242)
+
+
+def test_hydra():
+    variables = {"PMI_SIZE": "4", "PMI_RANK": "3", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "2"}
+    assert place(variables | RENDEZVOUS) == (3, 1, 4, 2, "10.0.0.1", 4242)
+
+
+def test_slurm_tasks_with_uneven_nodes():
+    variables = {
+        "SLURM_PROCID": "4",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "2",
+        "SLURM_STEP_NUM_TASKS": "5",
+        "SLURM_STEP_NODELIST": "node7",
+        "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
+        "SLURM_JOB_ID": "123456",
+    }
+    assert place(variables) == (4, 0, 5, 1, "node7", port_of_job(123456))
+
+
+def test_a_slurm_allocation_without_srun_is_one_process():
+    assert place({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_ID": "7"})[:4] == (0, 0, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "counts"), [("1", [1]), ("2(x3)", [2, 2, 2]), ("4,3(x2),1", [4, 3, 3, 1]), ("8(x1)", [8])]
+)
+def test_compressed_task_counts_expand(text, counts):
+    assert tasks_per_node(text) == counts
+
+
+def test_a_partial_environment_names_what_is_missing():
+    with pytest.raises(UsageError, match="RANK, WORLD_SIZE set but LOCAL_RANK, MASTER_ADDR, MASTER_PORT missing"):
+        discover({"RANK": "0", "WORLD_SIZE": "2"})
+
+
+def test_a_rank_outside_the_world_is_refused():
+    with pytest.raises(UsageError, match="rank 8 of 8"):
+        discover(TORCHRUN | {"RANK": "8"})
+
+
+def test_a_variable_that_is_no_number_is_named():
+    with pytest.raises(UsageError, match="WORLD_SIZE='two' in the environment is not a whole number"):
+        discover(TORCHRUN | {"WORLD_SIZE": "two"})
+
+
+def test_ranks_share_the_cores_unless_the_user_says_otherwise():
+    assert cpu_threads({}, cores=8, local_world_size=2) == 4
+    assert cpu_threads({}, cores=2, local_world_size=4) == 1
+    assert cpu_threads({"OMP_NUM_THREADS": "3"}, cores=8, local_world_size=2) == 3
+    torchrun_default = {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}
+    assert cpu_threads(torchrun_default, cores=8, local_world_size=2) == 4
+    assert cpu_threads({"OMP_NUM_THREADS": "1"}, cores=8, local_world_size=2) == 1

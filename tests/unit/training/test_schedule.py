@@ -1,0 +1,68 @@
+"""The learning rate, against torch's own schedulers and the shapes' definitions."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megagpt.config.schema import ScheduleConfig
+from megagpt.training.schedule import learning_rate
+
+STEPS, PEAK = 200, 3e-4
+
+
+def rates(**settings: object) -> list[float]:
+    schedule = ScheduleConfig.model_validate(settings)
+    return [learning_rate(step, PEAK, schedule, STEPS) for step in range(STEPS + 20)]
+
+
+@pytest.mark.parametrize(
+    ("name", "fall"),
+    [
+        ("cosine", lambda o: torch.optim.lr_scheduler.CosineAnnealingLR(o, T_max=160, eta_min=PEAK / 10)),
+        ("linear", lambda o: torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.1, total_iters=160)),
+    ],
+)
+def test_warmup_and_fall_equal_torch_schedulers(name, fall):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 1 / 40, 1.0, total_iters=39)
+    reference = []
+    for _ in range(40):
+        reference.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        warmup.step()
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=PEAK)
+    scheduler = fall(optimizer)
+    for _ in range(160):
+        reference.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates(name=name, warmup_steps=40)[:STEPS] == pytest.approx(reference, rel=1e-6)
+
+
+def test_constant_stays_at_the_peak_after_warmup():
+    assert rates(name="constant", warmup_steps=10)[10:] == [PEAK] * (STEPS + 10)
+
+
+def test_wsd_holds_the_peak_and_falls_at_the_end_of_the_run():
+    values = rates(name="wsd", warmup_steps=10, decay_steps=50, min_lr_ratio=0.0)
+    assert values[10:151] == [PEAK] * 141
+    assert values[175] == pytest.approx(PEAK / 2)
+    assert values[STEPS:] == [0.0] * 20
+
+
+@given(
+    name=st.sampled_from(["cosine", "linear", "constant", "wsd"]),
+    warmup=st.integers(0, STEPS),
+    decay=st.one_of(st.none(), st.integers(1, 2 * STEPS)),
+    ratio=st.floats(0, 1),
+)
+def test_rate_rises_in_warmup_then_never_rises_and_stays_within_its_bounds(name, warmup, decay, ratio):
+    values = rates(name=name, warmup_steps=warmup, decay_steps=decay, min_lr_ratio=ratio)
+    assert all(earlier < later for earlier, later in itertools.pairwise(values))
+    fall = values[warmup:]
+    assert all(later <= earlier * (1 + 1e-12) for earlier, later in itertools.pairwise(fall))
+    assert all(PEAK * ratio * (1 - 1e-9) <= value <= PEAK * (1 + 1e-9) for value in fall)
+    assert all(value > 0 for value in values[:warmup])
