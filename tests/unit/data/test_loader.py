@@ -1,0 +1,263 @@
+"""Batches: the same samples for any number of ranks, micro-batches and resumes; errors surface and nothing hangs."""
+
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megagpt.config.schema import DataSource
+from megagpt.data.indexed import IndexedDataset
+from megagpt.data.loader import Batch, BatchLoader, TrainingData, ValidationData
+from megagpt.data.samples import IGNORE_INDEX, TokenSamples
+from megagpt.errors import UsageError, UserError
+from tests.unit.data.reference import write_dataset, write_stream, writes_files
+
+SEQ_LEN = 8
+
+
+def source(path: Path, tokens: int, weight: float = 1.0) -> DataSource:
+    return DataSource(path=write_stream(path, tokens), weight=weight)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> TrainingData:
+    """A blend of two datasets with 121 and 34 samples an epoch."""
+    sources = [source(tmp_path / "a", 980, 0.7), source(tmp_path / "b", 280, 0.3)]
+    return TrainingData(sources, SEQ_LEN, seed=5, document_mask=True)
+
+
+def load(data, *, world_size=1, micro_batch_size=2, start=0, stop=48, global_batch_size=12) -> list[list[list[Batch]]]:
+    """All steps of all ranks: [rank][step][micro-batch]."""
+    ranks = []
+    for rank in range(world_size):
+        with BatchLoader(
+            data,
+            global_batch_size=global_batch_size,
+            micro_batch_size=micro_batch_size,
+            rank=rank,
+            world_size=world_size,
+            start_sample=start,
+            stop_sample=stop,
+        ) as loader:
+            ranks.append(list(loader))
+            assert loader.consumed == start + (stop - start) // global_batch_size * global_batch_size
+    return ranks
+
+
+def stack(batches: list[Batch]) -> np.ndarray:
+    """Inputs, targets and document ids of consecutive batches: (samples, 3, seq)."""
+    parts = [torch.stack([b.input_ids, b.targets, b.document_ids.long()], dim=1) for b in batches]
+    return torch.cat(parts).numpy()
+
+
+def test_a_batch_holds_the_samples_that_weights_seed_and_permutation_say(tmp_path: Path, data: TrainingData) -> None:
+    """Against samples drawn one by one: 7 of 10 from the first dataset, each dataset's own in its own order."""
+    batch = data.read(3, 40)
+    singles = [TokenSamples(IndexedDataset(tmp_path / name), SEQ_LEN, seed=5) for name in "ab"]
+    drawn = [0, 0]
+    for sample in range(43):
+        dataset = int(data.blend.lookup([sample])[0][0])
+        tokens, ids = singles[dataset].read([drawn[dataset]], document_ids=True)
+        drawn[dataset] += 1
+        if sample >= 3:
+            assert batch.input_ids[sample - 3].tolist() == tokens[0, :-1].tolist()
+            assert batch.targets[sample - 3].tolist() == tokens[0, 1:].tolist()
+            assert batch.document_ids[sample - 3].tolist() == ids[0].tolist()
+    assert [drawn[0] / 43, drawn[1] / 43] == pytest.approx([0.7, 0.3], abs=1 / 43)
+    types = [batch.input_ids.dtype, batch.targets.dtype, batch.document_ids.dtype]
+    assert types == [torch.int64, torch.int64, torch.int32]
+    assert batch.input_ids.is_contiguous()
+    assert batch.targets.is_contiguous()
+
+
+@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(1, 1), (1, 12), (2, 3), (3, 2), (4, 3), (6, 1), (12, 1)])
+def test_ranks_and_micro_batches_only_divide_the_global_window(data, world_size: int, micro_batch_size: int) -> None:
+    ranks = load(data, world_size=world_size, micro_batch_size=micro_batch_size)
+    for step in range(4):
+        expected = stack([data.read(12 * step, 12)])
+        micro_batches = [batch for rank in ranks for batch in rank[step]]
+        assert {len(batch) for batch in micro_batches} == {micro_batch_size}
+        assert np.array_equal(stack(micro_batches), expected)
+    assert {len(rank) for rank in ranks} == {4}
+
+
+@pytest.mark.parametrize("start", [12, 36, 5])
+def test_a_resume_at_any_sample_continues_as_if_never_stopped(data: TrainingData, start: int) -> None:
+    (steps,) = load(data, start=start, stop=start + 24)
+    assert np.array_equal(stack([b for step in steps for b in step]), stack([data.read(start, 24)]))
+
+
+def test_an_epoch_of_every_dataset_reads_each_of_its_samples_once(tmp_path: Path) -> None:
+    data = TrainingData([source(tmp_path / "a", 980)], SEQ_LEN, seed=0, document_mask=False)
+    firsts = [data.read(epoch * 121, 121).input_ids[:, 0].numpy() for epoch in range(3)]
+    for first in firsts:
+        assert np.array_equal(np.sort(first) // SEQ_LEN, np.arange(121))
+    assert data.epochs(121) == [1.0]
+    assert data.read(0, 1).document_ids is None
+
+
+def test_epochs_count_each_dataset_by_its_own_size(data: TrainingData) -> None:
+    assert data.epochs(1000) == [700 / 121, 300 / 34]
+
+
+def test_the_fingerprint_changes_with_all_that_changes_the_order_and_with_nothing_else(tmp_path: Path) -> None:
+    a, b = source(tmp_path / "a", 980, 2.0), source(tmp_path / "b", 280, 1.0)
+    moved = source(tmp_path / "moved", 980, 4.0)
+    fingerprint = TrainingData([a, b], SEQ_LEN, 5, False).fingerprint
+    assert fingerprint == TrainingData([moved, b.model_copy(update={"weight": 2.0})], SEQ_LEN, 5, True).fingerprint
+    shuffled = DataSource(path=write_dataset(tmp_path / "shuffled", [list(range(980))[::-1]]), weight=2.0)
+    others = [
+        TrainingData([b, a], SEQ_LEN, 5, False),
+        TrainingData([a, a], SEQ_LEN, 5, False),
+        TrainingData([a, b.model_copy(update={"weight": 0.9})], SEQ_LEN, 5, False),
+        TrainingData([a, b], SEQ_LEN + 1, 5, False),
+        TrainingData([a, b], SEQ_LEN, 6, False),
+        TrainingData([shuffled, b], SEQ_LEN, 5, False),
+    ]
+    assert len({fingerprint, *(other.fingerprint for other in others)}) == len(others) + 1
+
+
+def test_a_token_beyond_the_vocabulary_is_named_before_it_reaches_the_model(tmp_path: Path) -> None:
+    foreign = DataSource(path=write_dataset(tmp_path / "a", [[1] * 20, [300] * 20]))
+    message = rf"^{tmp_path}/a\.bin: holds token id 300, but the model knows 300 ids; raise model\.vocab_size or choose"
+    training = TrainingData([foreign], SEQ_LEN, 0, False, vocab_size=300)
+    with pytest.raises(UserError, match=message):
+        training.read(0, 4)
+    TrainingData([foreign], SEQ_LEN, 0, False, vocab_size=301).read(0, 4)
+    with pytest.raises(UserError, match=message):
+        list(
+            ValidationData(foreign, SEQ_LEN, False, 300, global_batch_size=1, micro_batch_size=1, rank=0, world_size=1)
+        )
+
+
+def test_a_global_batch_that_does_not_divide_is_a_usage_error(data: TrainingData) -> None:
+    with pytest.raises(UsageError) as caught:
+        load(data, world_size=5)
+    assert str(caught.value) == (
+        "train.global_batch_size: 12 is not a multiple of 5 ranks x train.micro_batch_size 2; change one of them"
+    )
+
+
+def test_no_window_reaches_beyond_the_last_sample(data: TrainingData) -> None:
+    assert [len(rank) for rank in load(data, stop=47)] == [3]
+    assert [len(rank) for rank in load(data, start=48, stop=48)] == [0]
+
+
+class Recorder:
+    """A SampleReader that remembers what was asked, waits for `gate` and fails at sample `bad`."""
+
+    def __init__(self, bad: int | None = None, open_gate: bool = True) -> None:
+        self.bad, self.asked, self.gate = bad, [], threading.Event()
+        if open_gate:
+            self.gate.set()
+
+    def read(self, start: int, count: int) -> Batch:
+        self.asked.append(start)
+        assert self.gate.wait(30)
+        if self.bad is not None and start <= self.bad < start + count:
+            raise UserError(f"disk gone at {start}")
+        return Batch(torch.full((count, 1), start), torch.full((count, 1), start))
+
+
+def open_loader(data: Recorder, prefetch: int = 2) -> BatchLoader:
+    return BatchLoader(
+        data, global_batch_size=4, micro_batch_size=2, rank=1, world_size=2, start_sample=0, prefetch=prefetch
+    )
+
+
+def test_an_error_of_the_reading_thread_surfaces_at_its_own_step_and_stays() -> None:
+    with open_loader(Recorder(bad=11)) as loader:
+        assert [int(next(loader)[0].input_ids[0, 0]) for _ in range(2)] == [2, 6]
+        for _ in range(2):
+            with pytest.raises(UserError, match="disk gone at 10"):
+                next(loader)
+        assert loader.consumed == 8
+
+
+def test_exactly_prefetch_steps_are_read_ahead() -> None:
+    recorder = Recorder()
+    with open_loader(recorder, prefetch=3) as loader:
+        next(loader)
+        deadline = time.monotonic() + 10
+        while len(recorder.asked) < 4 and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.05)
+        assert recorder.asked == [2, 6, 10, 14]
+        assert loader.consumed == 4
+
+
+def test_close_waits_for_the_read_under_way_only_and_ends_the_thread() -> None:
+    before = threading.active_count()
+    recorder = Recorder(open_gate=False)
+    loader = open_loader(recorder, prefetch=100)
+    threading.Timer(0.1, recorder.gate.set).start()
+    loader.close()
+    assert recorder.asked == [2]
+    assert list(loader) == []
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.001)
+    assert threading.active_count() == before
+
+
+@writes_files
+@given(st.integers(2, 200), st.sampled_from([(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)]), st.sampled_from([4, 8, 12]))
+def test_validation_counts_every_target_once_over_all_ranks(tmp_path_factory, tokens, division, global_batch) -> None:
+    world_size, micro_batch_size = division
+    dataset = source(tmp_path_factory.mktemp("v") / "a", tokens)
+    ranks = [
+        ValidationData(
+            *(dataset, SEQ_LEN, True),
+            global_batch_size=global_batch,
+            micro_batch_size=micro_batch_size,
+            rank=rank,
+            world_size=world_size,
+        )
+        for rank in range(world_size)
+    ]
+    batches = [list(rank) for rank in ranks]
+    targets = torch.cat([batch.targets.flatten() for rank in batches for batch in rank])
+    assert sorted(targets[targets != IGNORE_INDEX].tolist()) == list(range(1, tokens))
+    # ZeRO stage 3 gathers weights in every forward pass: each rank needs as many of them, of equal shape.
+    count = ranks[0].num_batches * global_batch // world_size // micro_batch_size
+    assert {len(rank) for rank in batches} == {count}
+    assert {batch.input_ids.shape for rank in batches for batch in rank} == {(micro_batch_size, SEQ_LEN)}
+    for batch in (batch for rank in batches for batch in rank):
+        real = batch.targets != IGNORE_INDEX
+        assert torch.equal(batch.input_ids[real] + 1, batch.targets[real])
+        assert batch.input_ids.min() >= 0
+        assert batch.document_ids.dtype == torch.int32
+
+
+def test_validation_can_be_repeated_and_limited(tmp_path: Path) -> None:
+    def validation(max_batches: int | None) -> ValidationData:
+        sizes = {"global_batch_size": 4, "micro_batch_size": 2, "rank": 0, "world_size": 1}
+        return ValidationData(dataset, SEQ_LEN, False, **sizes, max_batches=max_batches)
+
+    dataset = source(tmp_path / "a", 100)
+    whole, limited = validation(None), validation(2)
+    first, again = ([batch.targets.tolist() for batch in whole] for _ in range(2))
+    assert first == again
+    assert (whole.num_batches, len(first)) == (4, 8)
+    assert [batch.targets.tolist() for batch in limited] == first[:4]
+    assert (validation(99).num_batches, limited.num_batches) == (4, 2)
+
+
+def test_a_batch_moves_as_a_whole(data: TrainingData) -> None:
+    moved = data.read(0, 2).to("meta", non_blocking=True)
+    assert {moved.input_ids.device.type, moved.targets.device.type, moved.document_ids.device.type} == {"meta"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs an NVIDIA GPU")
+def test_micro_batches_are_pinned_for_the_gpu_in_use(data: TrainingData) -> None:
+    sizes = {"global_batch_size": 4, "micro_batch_size": 2, "rank": 0, "world_size": 1, "start_sample": 0}
+    with BatchLoader(data, **sizes, pin_memory=True) as loader:
+        for batch in next(loader):
+            assert all(tensor.is_pinned() for tensor in (batch.input_ids, batch.targets, batch.document_ids))
+            assert torch.equal(batch.to("cuda", non_blocking=True).targets.cpu(), batch.targets)
