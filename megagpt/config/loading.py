@@ -6,7 +6,7 @@ or its override, and raised as one ConfigError.
 
 import difflib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -47,7 +47,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     for number, override in enumerate(overrides):
         source = Source((1, number), f"override {' '.join(override.split())}")
         try:
-            key_path, value = _parse_override(override)
+            key_path, value, inner_paths = _parse_override(override)
             tree = _replaced(tree, key_path, value)
         except ValueError as error:
             problems.append(Problem(source, str(error)))
@@ -55,6 +55,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
             sources = {known: at for known, at in sources.items() if known[: len(key_path)] != key_path}
             for end in range(1, len(key_path) + 1):
                 sources.setdefault(key_path[:end], source)
+            sources |= {(*key_path, *inner): source for inner in inner_paths}
     tree = {name: {} if value is None else value for name, value in tree.items()}  # "logging:" with nothing below
     tree = _known_keys(tree, RunConfig, (), sources, problems)
     try:
@@ -104,20 +105,20 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int], list[Pro
 # Overrides
 
 
-def _parse_override(override: str) -> tuple[KeyPath, Any]:
-    """Split "section.key=value"; raises ValueError with what is wrong."""
+def _parse_override(override: str) -> tuple[KeyPath, Any, Iterable[KeyPath]]:
+    """Split "section.key=value" into key, value and the keys within the value; raises ValueError with what is wrong."""
     key, separator, value_text = override.partition("=")
     if not separator or not key.strip():
         raise ValueError("expected section.key=value, for example train.steps=100")
     if not value_text.strip():
         raise ValueError(f"no value after '='; write {key}=null to unset it")
     try:
-        value, _, duplicates = parse(value_text)
+        value, lines, duplicates = parse(value_text)
     except yaml.YAMLError as error:
         raise ValueError(f"line {describe_error(error, value_text)}") from None
     if duplicates:
         raise ValueError(f"{'.'.join(duplicates[0][0])} is given twice; remove one")
-    return tuple(key.strip().split(".")), value
+    return tuple(key.strip().split(".")), value, lines
 
 
 def _replaced(tree: Any, path: KeyPath, value: Any) -> Any:
