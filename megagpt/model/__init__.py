@@ -1,0 +1,19 @@
+"""The network: a GPT built from a ModelConfig, its initial weights, its loss, its sizes.
+
+Nothing here knows DeepSpeed, process groups or configuration files.
+"""
+
+from megagpt.model.counts import flops_per_token, parameter_count
+from megagpt.model.gpt import GPT, compile_blocks
+from megagpt.model.init import initialize_weights, parameter_kind
+from megagpt.model.loss import IGNORE_INDEX
+
+__all__ = [
+    "GPT",
+    "IGNORE_INDEX",
+    "compile_blocks",
+    "flops_per_token",
+    "initialize_weights",
+    "parameter_count",
+    "parameter_kind",
+]

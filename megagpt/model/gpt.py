@@ -1,0 +1,136 @@
+"""A decoder-only transformer (Radford et al. 2019) that covers the GPT-2 and Llama families, chosen by a ModelConfig.
+
+Shapes: tokens (batch, seq) int64 -> hidden states (batch, seq, hidden) -> logits (batch, seq, vocab), or the sum of
+losses. Every block is x + attention(norm(x)), then x + feedforward(norm(x)). A tied head reads the token embedding's
+weights, so the state dict holds them once.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from megagpt.config.schema import ModelConfig
+from megagpt.model.attention import Attention, LayerCache, attention_mask
+from megagpt.model.embedding import Embedding
+from megagpt.model.feedforward import FeedForward
+from megagpt.model.loss import EAGER_KERNELS, linear_cross_entropy
+from megagpt.model.norm import build_norm
+from megagpt.model.positions import Rotary, position_ids, rotary_tables, sinusoidal_embedding
+
+
+class Cache(Protocol):
+    """Keys and values of earlier positions, for decoding."""
+
+    layers: Sequence[LayerCache]
+
+    @property
+    def length(self) -> int:
+        """Number of positions held."""
+
+
+class Block(nn.Module):
+    """One transformer layer with pre-normalisation: (batch, seq, hidden) -> (batch, seq, hidden)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = build_norm(config)
+        self.attention = Attention(config)
+        self.feedforward_norm = build_norm(config)
+        self.feedforward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rotary: Rotary | None = None,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Add attention, then feed-forward, to the residual stream."""
+        attended = self.attention(self.attention_norm(hidden_states), rotary, mask, cache)
+        hidden_states = hidden_states + self.dropout(attended)
+        return hidden_states + self.dropout(self.feedforward(self.feedforward_norm(hidden_states)))
+
+
+class GPT(nn.Module):
+    """The whole model. Its weights are arbitrary until `initialize_weights` or `load_state_dict`."""
+
+    def __init__(self, config: ModelConfig, activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.activation_checkpointing = activation_checkpointing
+        self.loss_kernels = EAGER_KERNELS
+        self.embedding = Embedding(config.vocab_size, config.hidden_size)
+        if config.position == "learned":
+            self.position_embedding = Embedding(config.max_seq_len, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.norm = build_norm(config)
+        if not config.tie_embeddings:
+            self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        targets: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        last_position_only: bool = False,
+    ) -> Tensor:
+        """Logits (batch, seq, vocab), or with targets the sum of their cross-entropies (fp32 scalar).
+
+        input_ids, targets: (batch, seq) int64; targets of IGNORE_INDEX (-100) have no loss.
+        document_ids: (batch, seq) int; attention and positions stop where it changes from one token to the next.
+        cache: earlier positions to attend to; this call's are appended. Not together with document_ids.
+        last_position_only: logits (batch, 1, vocab) of the last position, which is what decoding needs.
+        Raises ValueError for more positions than a learned table has.
+        """
+        assert cache is None or document_ids is None, "a cache holds one document"
+        seq_len, past_len = input_ids.shape[1], 0 if cache is None else cache.length
+        if self.config.position == "learned" and past_len + seq_len > self.config.max_seq_len:
+            raise ValueError(
+                f"{past_len + seq_len} tokens, but the model has learned {self.config.max_seq_len} positions (max_seq_len)"
+            )
+        positions = position_ids(seq_len, past_len, document_ids, input_ids.device)
+        mask = attention_mask(seq_len, past_len, document_ids, input_ids.device)
+        rotary = self._rotary_tables(positions)
+        hidden_states = self.dropout(self._embed(input_ids, positions))
+        for index, block in enumerate(self.blocks):
+            if self.activation_checkpointing and self.training:
+                hidden_states = checkpoint(block, hidden_states, rotary, mask, use_reentrant=False)
+            else:
+                hidden_states = block(hidden_states, rotary, mask, None if cache is None else cache.layers[index])
+        if last_position_only:
+            hidden_states = hidden_states[:, -1:]
+        hidden_states = self.norm(hidden_states)
+        # The weight is read outside its module's own forward, as an attribute, which is where ZeRO-3 gathers it.
+        weight = self.embedding.weight if self.config.tie_embeddings else self.head.weight
+        if targets is None:
+            return F.linear(hidden_states, weight)
+        return linear_cross_entropy(hidden_states.flatten(0, 1), weight, targets.flatten(), self.loss_kernels)
+
+    def _embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
+        embedded = self.embedding(input_ids)
+        if self.config.position == "learned":
+            return embedded + self.position_embedding(positions)
+        if self.config.position == "sinusoidal":
+            # Scaled as in the paper, or sines of amplitude 1 would drown embeddings of 0.02.
+            scaled = embedded.float() * math.sqrt(self.config.hidden_size)
+            return (scaled + sinusoidal_embedding(positions, self.config.hidden_size)).to(embedded.dtype)
+        return embedded
+
+    def _rotary_tables(self, positions: Tensor) -> Rotary | None:
+        if self.config.position != "rope":
+            return None
+        return rotary_tables(positions, self.config.head_dim, self.config.rope_theta)
+
+
+def compile_blocks(model: GPT) -> None:
+    """Compile in place what takes the time, at first use: the block, once for all layers, and the loss of a chunk."""
+    for block in model.blocks:
+        block.compile()
+    model.loss_kernels = EAGER_KERNELS.compiled()

@@ -1,0 +1,59 @@
+"""GPT-2's initial weights (Radford et al. 2019), each a pure function of the seed and the parameter's name.
+
+Matrices and embeddings are N(0, initializer_range); the projections that write into the residual stream, two a layer,
+are scaled by 1 / sqrt(2 num_layers); biases are 0, norm weights 1. Since no generator is shared, sharded and unsharded
+models, and models built in another order, start from the same numbers.
+"""
+
+import hashlib
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from megagpt.model.gpt import GPT
+
+Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
+
+_RESIDUAL_PROJECTIONS = ("attention.out.weight", "feedforward.down.weight")
+
+
+@torch.no_grad()
+def initialize_weights(model: GPT, seed: int, gather: Gather = nullcontext) -> None:
+    """Set every parameter of `model` in place, drawn in fp32 on the CPU, then cast and copied.
+
+    `gather([parameter])` opens a context in which the parameter is whole and may be written; sharded models need one:
+    `lambda p: deepspeed.zero.GatheredParameters(p, modifier_rank=0)`.
+    """
+    config = model.config
+    for name, parameter in model.named_parameters():
+        with gather([parameter]):
+            kind = parameter_kind(name)
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif kind == "norm":
+                parameter.fill_(1.0)
+            else:
+                std = config.initializer_range
+                if name.endswith(_RESIDUAL_PROJECTIONS):
+                    std /= math.sqrt(2 * config.num_layers)
+                parameter.copy_(_normal(parameter.shape, std, seed, name))
+
+
+def parameter_kind(name: str) -> Literal["norm", "bias", "embedding", "matrix"]:
+    """What parameter `name` is: weight or bias of a norm, bias of a linear layer, embedding table, or matrix."""
+    module, _, leaf = name.rpartition(".")
+    if module.endswith("norm"):
+        return "norm"
+    if leaf == "bias":
+        return "bias"
+    return "embedding" if module.endswith("embedding") else "matrix"
+
+
+def _normal(shape: torch.Size, std: float, seed: int, name: str) -> Tensor:
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
+    return torch.empty(shape, dtype=torch.float32, device="cpu").normal_(0.0, std, generator=generator)

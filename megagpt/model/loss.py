@@ -1,0 +1,133 @@
+"""Output head and cross-entropy in one, in chunks of tokens, so that the logits of a batch never exist at once.
+
+For a chunk the logits are computed, then, in the same pass over them, the loss and its gradient, which overwrites them;
+two more matrix products turn that into the gradients of hidden states and weight, and the buffer serves the next chunk.
+So there are three products in all, as many as with full logits, and nothing is recomputed in backward, which only
+multiplies by the incoming gradient. Cost: the weight's gradient is held in fp32 from forward to backward.
+
+Logits and products have the weight's dtype (under autocast: autocast's); softmax, loss and sums over chunks are fp32.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORE_INDEX = -100
+"""Target of a position without loss; what torch's cross_entropy ignores too."""
+
+# Logits in flight at most. A CPU wants few, near its caches; a GPU wants matrix products large enough to fill it.
+_CHUNK_ELEMENTS = {"cpu": 2**26}
+_CHUNK_ELEMENTS_ELSEWHERE = 2**28
+
+
+class LossKernels(NamedTuple):
+    """The element-wise passes of the loss, exchangeable for compiled ones."""
+
+    cross_entropy_: Callable[[Tensor, Tensor, bool], Tensor]
+    accumulate_: Callable[[Tensor, Tensor], object]
+
+    def compiled(self) -> "LossKernels":
+        """The same passes, each fused into one kernel at first use."""
+        return LossKernels(torch.compile(self.cross_entropy_), torch.compile(self.accumulate_))
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
+    """Sum of cross-entropies of logits (tokens, vocab), which with_gradient overwrites by the gradient of that sum."""
+    exact = logits.to(_at_least_fp32(logits.dtype))
+    log_normalizer = torch.logsumexp(exact, dim=-1)
+    valid = targets != IGNORE_INDEX
+    target_logits = exact.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
+    loss = torch.where(valid, log_normalizer - target_logits, 0.0).sum()
+    if with_gradient:
+        vocabulary = torch.arange(logits.shape[1], device=logits.device)
+        one_hot = (vocabulary == targets.unsqueeze(1)).to(exact.dtype)
+        probabilities = torch.exp(exact - log_normalizer.unsqueeze(1))
+        logits.copy_((probabilities - one_hot) * valid.unsqueeze(1))
+    return loss
+
+
+def accumulate_(total: Tensor, addend: Tensor) -> None:
+    """Add to `total` (fp32) in place; compiled, `addend` (any float) is never copied to fp32."""
+    total.add_(addend)
+
+
+EAGER_KERNELS = LossKernels(cross_entropy_, accumulate_)
+
+
+def linear_cross_entropy(
+    hidden_states: Tensor, weight: Tensor, targets: Tensor, kernels: LossKernels = EAGER_KERNELS
+) -> Tensor:
+    """Sum of the cross-entropies of softmax(hidden_states @ weight.T): an fp32 scalar (fp64 for fp64 inputs).
+
+    hidden_states: (tokens, hidden); weight: (vocab, hidden); targets: (tokens,) int64, IGNORE_INDEX where none.
+    """
+    if torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad):
+        return _LinearCrossEntropy.apply(hidden_states, weight, targets, kernels)
+    return _forward(hidden_states, weight, targets, kernels)[0]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, weight: Tensor, targets: Tensor, kernels: LossKernels) -> Tensor:
+        loss, *gradients = _forward(hidden_states, weight, targets, kernels, *ctx.needs_input_grad[:2])
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = hidden_states.dtype, weight.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = (
+            None if gradient is None else (gradient * grad_loss).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return *gradients, None, None
+
+
+def _forward(
+    hidden_states: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    kernels: LossKernels,
+    hidden_gradient: bool = False,
+    weight_gradient: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss and, where asked for, its gradients by hidden states (in the products' dtype) and weight (fp32)."""
+    device, (vocab_size, hidden_size) = weight.device.type, weight.shape
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
+    chunk_tokens = min(_chunk_tokens(vocab_size, device), len(targets))
+    loss = weight.new_zeros((), dtype=_at_least_fp32(dtype))
+    # Results are written into buffers made once: fresh memory for each chunk costs as much as half a matrix product.
+    logits_buffer = weight.new_empty(chunk_tokens, vocab_size)
+    if hidden_gradient:
+        grad_hidden = torch.empty_like(hidden_states)
+    if weight_gradient:
+        # As (hidden, vocab), which CPUs multiply a fifth faster than its transpose.
+        grad_weight = weight.new_zeros(hidden_size, vocab_size, dtype=loss.dtype)
+        product = weight.new_empty(hidden_size, vocab_size)
+    for start in range(0, len(targets), chunk_tokens):
+        chunk = slice(start, start + chunk_tokens)
+        logits = logits_buffer[: len(targets[chunk])]
+        torch.mm(hidden_states[chunk], weight.t(), out=logits)
+        loss += kernels.cross_entropy_(logits, targets[chunk], hidden_gradient or weight_gradient)
+        grad_logits = logits  # overwritten in place, if any gradient is wanted
+        if hidden_gradient:
+            torch.mm(grad_logits, weight, out=grad_hidden[chunk])
+        if weight_gradient:
+            torch.mm(hidden_states[chunk].t(), grad_logits, out=product)
+            kernels.accumulate_(grad_weight, product)
+    return loss, grad_hidden if hidden_gradient else None, grad_weight.t() if weight_gradient else None
+
+
+def _chunk_tokens(vocab_size: int, device: str) -> int:
+    """The largest power of two within the limit: it divides most batches, and an odd last chunk would compile anew."""
+    elements = _CHUNK_ELEMENTS.get(device, _CHUNK_ELEMENTS_ELSEWHERE)
+    return 1 << (max(elements // vocab_size, 1).bit_length() - 1)
+
+
+def _at_least_fp32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
