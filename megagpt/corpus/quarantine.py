@@ -1,0 +1,57 @@
+"""The list of records that could not be read as documents: quarantine.jsonl, one line each, in the order of input.
+
+A line has file, line (from 1; null for a file that is one document), byte (offset in the uncompressed file), reason
+and detail.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from megagpt.corpus.reading import HARMLESS
+from megagpt.corpus.sources import SourceFile
+from megagpt.errors import UserError
+
+
+def write_quarantine(path: Path, chunks: Sequence[Path], files: Sequence[SourceFile]) -> dict[str, int]:
+    """Write the list from the results of the stage `extract`; return the number of records by reason."""
+    reasons: Counter[str] = Counter()
+    with open(path, "w", encoding="utf-8") as file:
+        for record in _records(chunks, files):
+            reasons[record["reason"]] += 1
+            file.write(json.dumps(record) + "\n")
+    return dict(reasons.most_common())
+
+
+def check_bad_ratio(path: Path, reasons: dict[str, int], documents: int, max_bad: float) -> None:
+    """UserError if more than `max_bad`, 0 to 1, of documents and bad records are bad, with the first of them."""
+    bad = sum(count for reason, count in reasons.items() if reason not in HARMLESS)
+    if bad <= max_bad * (documents + bad):
+        return
+    with open(path, encoding="utf-8") as file:
+        first = next(record for record in map(json.loads, file) if record["reason"] not in HARMLESS)
+    place = f"line {first['line']}" if first["line"] else f"byte {first['byte']}"
+    raise UserError(
+        f"{bad:,} of {documents + bad:,} documents cannot be read ({bad / (documents + bad):.1%}, more than --max-bad "
+        f"{max_bad}); the first: {first['file']}, {place}: {first['reason']} ({first['detail']}); all of them: {path}; "
+        "mend the input, or raise --max-bad to go on without them"
+    )
+
+
+def _records(chunks: Sequence[Path], files: Sequence[SourceFile]) -> Iterator[dict[str, Any]]:
+    lines_before: Counter[int] = Counter()  # of each file, in the chunks so far
+    for chunk in chunks:
+        with open(chunk / "bad.jsonl", encoding="utf-8") as bad:
+            for record in map(json.loads, bad):
+                index, line = record["file"], record["line"]
+                yield {
+                    "file": files[index].name,
+                    "line": None if line is None else line + lines_before[index],
+                    "byte": record["position"],
+                    "reason": record["reason"],
+                    "detail": record["detail"],
+                }
+        for index, lines in json.loads((chunk / "lines.json").read_bytes()).items():
+            lines_before[int(index)] += lines

@@ -1,0 +1,118 @@
+"""The input of a corpus: the files that files, folders and patterns lead to, and the pieces that they are read in."""
+
+import glob
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NoReturn
+
+from megagpt.errors import UserError
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One input file, as it was when the run was planned."""
+
+    name: str
+    """Its path, as the user's input led to it."""
+    size: int
+    """Bytes on disk."""
+    mtime_ns: int
+    """Time of the last change."""
+    found_in_folder: bool
+    """Whether it was met by walking a folder, and not named by the user: then it may be binary."""
+
+    @property
+    def compression(self) -> Literal["none", "gzip", "zstd"]:
+        """How the file is compressed, by its name."""
+        return {".gz": "gzip", ".zst": "zstd"}.get(Path(self.name).suffix.lower(), "none")  # type: ignore[return-value]
+
+    @property
+    def is_jsonl(self) -> bool:
+        """Whether each line is a document."""
+        path = Path(self.name)
+        inner = path.name if self.compression == "none" else path.stem
+        return Path(inner).suffix.lower() in (".jsonl", ".ndjson")
+
+    @property
+    def is_splittable(self) -> bool:
+        """Whether a range of its bytes can be read alone."""
+        return self.is_jsonl and self.compression == "none"
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The documents of a file that begin in a range of its bytes."""
+
+    file: SourceFile
+    file_index: int
+    """Number of the file in the plan."""
+    start: int
+    stop: int
+    """The first byte after the range; for a file that cannot be split, its size."""
+
+    def __str__(self) -> str:
+        whole = (self.start, self.stop) == (0, self.file.size)
+        return self.file.name if whole else f"{self.file.name} bytes {self.start}-{self.stop}"
+
+
+def find_files(inputs: Sequence[str]) -> list[SourceFile]:
+    """The files that `inputs` (files, folders, glob patterns) lead to, sorted by path, each once.
+
+    Folders are read recursively, through links; names that begin with a dot are left out, as `*` does.
+    UserError: an input leads to no file, or cannot be read.
+    """
+    found: dict[str, SourceFile] = {}
+    for pattern in inputs:
+        files = list(_expand(pattern))
+        if not files:
+            kind = "the folder holds no files" if os.path.isdir(pattern) else "no such file, folder or match"
+            raise UserError(f"input {pattern}: {kind}; check the path, and quote patterns")
+        for file in files:
+            if file.name not in found or not file.found_in_folder:
+                found[file.name] = file
+    return [found[name] for name in sorted(found)]
+
+
+def _expand(pattern: str) -> Iterator[SourceFile]:
+    paths = [pattern] if os.path.lexists(pattern) else glob.glob(pattern, recursive=True)
+    for path in map(os.path.normpath, paths):
+        if os.path.isdir(path):
+            yield from _walk(path)
+        else:
+            yield _describe(path, found_in_folder=False)
+
+
+def _walk(root: str) -> Iterator[SourceFile]:
+    seen: set[tuple[int, int]] = set()  # a link can lead back up
+
+    def is_new(folder: str) -> bool:
+        status = os.stat(folder)
+        identity = (status.st_dev, status.st_ino)
+        if identity in seen:
+            return False
+        seen.add(identity)
+        return True
+
+    for parent, folders, names in os.walk(root, onerror=_cannot_read, followlinks=True):
+        visible = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = [name for name in visible if is_new(os.path.join(parent, name))]
+        for name in names:
+            if not name.startswith("."):
+                yield _describe(os.path.join(parent, name), found_in_folder=True)
+
+
+def _describe(path: str, found_in_folder: bool) -> SourceFile:
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        _cannot_read(error)
+    if not stat.S_ISREG(status.st_mode):
+        raise UserError(f"input {path}: not a regular file; write its content to one first")
+    return SourceFile(path, status.st_size, status.st_mtime_ns, found_in_folder)
+
+
+def _cannot_read(error: OSError) -> NoReturn:
+    raise UserError(f"input {error.filename}: cannot be read: {error.strerror}") from error

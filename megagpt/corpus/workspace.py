@@ -1,0 +1,104 @@
+"""The folder of intermediate files, which makes a run resumable: one folder a task, and it exists only when complete.
+
+A task writes into a folder aside; that is fsynced and renamed, with a receipt of counts in it. A run with the same
+plan takes what it finds and does the rest. Arrays are stored as their bytes, so that they can be memory-mapped.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megagpt.data.atomic import fsync_path
+from megagpt.errors import UserError
+
+Receipt = dict[str, float]
+"""Counts of what a task did, such as documents and bytes, and its seconds."""
+
+_RECEIPT = "receipt.json"
+_NO_LOCKS_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # as on Lustre mounted without flock
+
+
+@contextlib.contextmanager
+def open_workspace(folder: Path) -> Iterator[Path]:
+    """`folder`, made if missing, without the remains of killed tasks, and locked for this process.
+
+    UserError: another run works in it, or it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"work folder {folder}: {error.strerror}; choose another with --work-dir") from error
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"work folder {folder}: another run of the same plan is using it; wait for it") from None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS_HERE:
+                raise
+        for remains in folder.glob("*/.*"):
+            shutil.rmtree(remains)
+        yield folder
+    finally:
+        os.close(lock)
+
+
+def read_receipt(folder: Path) -> Receipt | None:
+    """The receipt of the finished task of this folder; None if it is not finished."""
+    try:
+        return json.loads((folder / _RECEIPT).read_bytes())
+    except FileNotFoundError:
+        return None
+
+
+def write_folder(folder: Path, write: Callable[[Path], Receipt]) -> Receipt:
+    """Let `write` fill a folder aside, then make it `folder`, with the receipt that it returned and its seconds."""
+    aside = _aside(folder, os.getpid())
+    aside.mkdir(parents=True)
+    try:
+        start = time.monotonic()
+        receipt = write(aside)
+        receipt["seconds"] = round(time.monotonic() - start, 3)
+        (aside / _RECEIPT).write_text(json.dumps(receipt))
+        for path in aside.iterdir():
+            fsync_path(path)
+        fsync_path(aside)
+        aside.rename(folder)
+        fsync_path(folder.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return receipt
+
+
+def is_being_written(folder: Path, process_id: int) -> bool:
+    """Whether the process was at work on `folder`, or was when it died."""
+    return _aside(folder, process_id).is_dir()
+
+
+def _aside(folder: Path, process_id: int) -> Path:
+    return folder.with_name(f".{folder.name}.{os.uname().nodename}.{process_id}")
+
+
+def write_array(path: Path, array: npt.NDArray[Any]) -> None:
+    """Write an array's elements, in C order. OSError: the disk refuses (numpy's own writer would not say why)."""
+    with open(path, "wb") as file:
+        file.write(np.ascontiguousarray(array).view(np.uint8).data)
+
+
+def map_array(path: Path, dtype: npt.DTypeLike, columns: int | None = None) -> npt.NDArray[Any]:
+    """The elements in a file as a read-only array (elements), or (elements / columns, columns), without reading it."""
+    empty = path.stat().st_size == 0  # which cannot be mapped
+    array = np.empty(0, dtype) if empty else np.memmap(path, dtype, mode="r")
+    return array if columns is None else array.reshape(-1, columns)
