@@ -31,10 +31,10 @@ MAX_CHUNK_CHARACTERS = 500_000
 """Longest text given to tiktoken at once. Its regex gives up on a million blanks; its memory is 50 bytes a letter of
 a word."""
 
-# The last place in a chunk where a letter or digit meets a blank, a line end, or a CJK comma or stop. No piece of any
-# of our patterns goes on from the one to the other, and none looks back: the tokens before and after are the same
-# whether the text is cut there or not.
-_LAST_CUT = re.compile(r"(?s:.*)[^\W_](?=[ \n，。])")
+# Where a letter or digit meets a blank, a line end, or a CJK comma or stop. No piece of any pattern in use goes over such
+# a place, and none looks back: the tokens before and after it are the same whether the text is cut there or not.
+_CUT = r"[^\W_](?=[ \n，。])"
+_LAST_CUT = re.compile(rf"(?s:.*){_CUT}")
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Tokenizer:
         try:
             return self._encode_chunks(text)
         except UnicodeEncodeError:
-            return self._encode_chunks(text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace"))
+            return self._encode_chunks(without_surrogates(text))
 
     def decode(self, ids: "Sequence[int] | npt.NDArray[Any]") -> str:
         """The text of `ids`; bytes that are no UTF-8 become U+FFFD.
@@ -132,6 +132,11 @@ def load_tokenizer(name_or_path: str | Path, vocab_dir: str | Path | None = None
     return _from_definition(_own_definition(path.name, read_rank_file(path)), path)
 
 
+def without_surrogates(text: str) -> str:
+    """`text` with surrogate pairs joined and lone surrogates, which UTF-8 cannot hold, replaced by U+FFFD."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
 def _from_definition(definition: dict[str, Any], path: Path | None = None) -> Tokenizer:
     sha256 = vocabulary_sha256(definition["mergeable_ranks"])
     return Tokenizer(definition["name"], tiktoken.Encoding(**definition), sha256, path)
@@ -143,7 +148,7 @@ def _own_definition(name: str, ranks: Ranks) -> dict[str, Any]:
 
 
 def _unknown(name: str, path: Path) -> str:
-    if path.is_dir():
+    if name and path.is_dir():
         return f"{name}: a folder; give the tokenizer's file in it"
     nearest = difflib.get_close_matches(name, TOKENIZER_NAMES, n=1)
     hint = f" (did you mean {nearest[0]}?)" if nearest else ""

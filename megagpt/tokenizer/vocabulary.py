@@ -142,7 +142,7 @@ def _cache_key(url: str) -> str:
 
 @contextlib.contextmanager
 def _replaced(name: str, function: Callable[..., bytes]) -> Iterator[None]:
-    """Let tiktoken.load use `function` for its own `name` meanwhile: tiktoken takes no other word on where files are."""
+    """Let tiktoken.load use `function` as its own `name` meanwhile: it offers no other way to say where files are."""
     with _hook_lock:
         original = getattr(tiktoken.load, name)
         setattr(tiktoken.load, name, function)
