@@ -1,4 +1,4 @@
-"""Configuration files: YAML in, a validated RunConfig out, and back.
+"""Configuration files: YAML in, a validated RunConfig (or another schema) out, and back.
 
 `section.key=value` overrides are applied on top of the file. All problems are collected, each with its file and line
 or its override, and raised as one ConfigError.
@@ -8,7 +8,7 @@ import difflib
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import yaml
 from pydantic import ValidationError
@@ -19,6 +19,8 @@ from megagpt.config.describe import all_keys, choices, expectation, nested_secti
 from megagpt.config.schema import RunConfig, Section
 from megagpt.config.yaml12 import KeyPath, describe_error, dump, parse
 from megagpt.errors import ConfigError
+
+SectionT = TypeVar("SectionT", bound=Section)
 
 
 class Source(NamedTuple):
@@ -41,8 +43,15 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     An override is "section.key=value" with a YAML value: "train.steps=100", "data.train=[{path: a, weight: 2}]",
     "data.train.0.path=b". Raises ConfigError that names every problem of file and overrides at once.
     """
-    tree, lines, problems = _read_file(Path(path))
-    sources: dict[KeyPath, Source] = {(): Source((0, 0), str(path))}
+    return load_section(RunConfig, path, overrides)
+
+
+def load_section(
+    schema: type[SectionT], path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()
+) -> SectionT:
+    """Like `load_config`, for any schema; without a file (path None) the overrides are all there is."""
+    tree, lines, problems = _read_file(Path(path), schema) if path is not None else ({}, {}, [])
+    sources: dict[KeyPath, Source] = {(): Source((0, 0), "configuration" if path is None else str(path))}
     sources |= {key_path: Source((0, line), f"{path}:{line}") for key_path, line in lines.items()}
     for number, override in enumerate(overrides):
         source = Source((1, number), f"override {' '.join(override.split())}")
@@ -57,11 +66,11 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
                 sources.setdefault(key_path[:end], source)
             sources |= {(*key_path, *inner): source for inner in inner_paths}
     tree = {name: {} if value is None else value for name, value in tree.items()}  # "logging:" with nothing below
-    tree = _known_keys(tree, RunConfig, (), sources, problems)
+    tree = _known_keys(tree, schema, schema, (), sources, problems)
     try:
-        config = RunConfig.model_validate(tree)
+        config = schema.model_validate(tree)
     except ValidationError as error:
-        problems += _validation_problems(error, tree, sources)
+        problems += _validation_problems(error, schema, tree, sources)
     if problems:
         raise ConfigError(_message(problems))
     return config
@@ -78,7 +87,7 @@ def save_config(config: RunConfig, path: str | os.PathLike[str]) -> None:
     aside.replace(path)
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int], list[Problem]]:
+def _read_file(path: Path, schema: type[Section]) -> tuple[dict[str, Any], dict[KeyPath, int], list[Problem]]:
     """A file's tree, the line of each of its keys, and the keys that it has twice."""
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -91,9 +100,10 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[KeyPath, int], list[Pro
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}:{describe_error(error, text)}") from None
     if tree is None:
-        raise ConfigError(f"{path}: the configuration is empty; it needs at least data.train")
+        required = [key for key, field in all_keys(schema) if field.is_required()]
+        raise ConfigError(f"{path}: the configuration is empty; it needs at least {' and '.join(required)}")
     if not isinstance(tree, dict):
-        sections = join_choices(RunConfig.model_fields)
+        sections = join_choices(schema.model_fields)
         raise ConfigError(f"{path}: expected sections ({sections}), but it is {_show(tree)}")
     problems = [
         Problem(Source((0, line), f"{path}:{line}"), f"{'.'.join(key_path)}: given twice; remove one")
@@ -138,43 +148,50 @@ def _replaced(tree: Any, path: KeyPath, value: Any) -> Any:
 
 
 def _known_keys(
-    value: Any, section: type[Section], path: KeyPath, sources: dict[KeyPath, Source], problems: list[Problem]
+    value: Any,
+    section: type[Section],
+    schema: type[Section],
+    path: KeyPath,
+    sources: dict[KeyPath, Source],
+    problems: list[Problem],
 ) -> Any:
     """`value` with the section's keys only; what a misspelt key holds goes to the key that was meant, to be checked."""
     if isinstance(value, list):
-        return [_known_keys(item, section, (*path, str(i)), sources, problems) for i, item in enumerate(value)]
+        return [_known_keys(item, section, schema, (*path, str(i)), sources, problems) for i, item in enumerate(value)]
     if not isinstance(value, dict):
         return value
     known = {name: child for name, child in value.items() if name in section.model_fields}
     for name in [str(name) for name in value if name not in known]:
         source = _source_of((*path, name), sources)
-        near, advice = _nearest_key(name, section, path)
+        near, advice = _nearest_key(name, section, schema, path)
         problems.append(Problem(source, f"{'.'.join((*path, name))}: unknown key; {advice}"))
         if near and near not in known:
             known[near] = value[name]
             sources[(*path, near)] = source
     for name, child in known.items():
         if child_section := nested_section(section.model_fields[name].annotation):
-            known[name] = _known_keys(child, child_section, (*path, name), sources, problems)
+            known[name] = _known_keys(child, child_section, schema, (*path, name), sources, problems)
     return known
 
 
-def _nearest_key(name: str, section: type[Section], path: KeyPath) -> tuple[str | None, str]:
+def _nearest_key(name: str, section: type[Section], schema: type[Section], path: KeyPath) -> tuple[str | None, str]:
     """The key of `section` that `name` was meant to be, if one is near, and the advice to print."""
     fields = list(section.model_fields)
     for near in difflib.get_close_matches(name, fields, n=1):
         return near, f"did you mean {'.'.join((*path, near))}?"
-    elsewhere = [key for key, _ in all_keys() if key.rpartition(".")[2] == name]
+    elsewhere = [key for key, _ in all_keys(schema) if key.rpartition(".")[2] == name]
     if elsewhere:
         return None, f"did you mean {join_choices(elsewhere)}?"
     return None, f"{'.'.join(path) or 'a configuration'} has {', '.join(fields)}"
 
 
-def _validation_problems(error: ValidationError, tree: Any, sources: dict[KeyPath, Source]) -> Iterator[Problem]:
+def _validation_problems(
+    error: ValidationError, schema: type[Section], tree: Any, sources: dict[KeyPath, Source]
+) -> Iterator[Problem]:
     """Pydantic's errors in our words, one for each field."""
     seen = set()
     for details in error.errors():
-        key_path, field = _field_at(tuple(map(str, details["loc"])))
+        key_path, field = _field_at(schema, tuple(map(str, details["loc"])))
         context = details.get("ctx", {})
         if details["type"] == "between_sections":
             key_path, text = tuple(context["key"].split(".")), context["message"]
@@ -189,10 +206,10 @@ def _validation_problems(error: ValidationError, tree: Any, sources: dict[KeyPat
             yield Problem(_source_of(key_path, sources), f"{'.'.join(key_path)}: {text}")
 
 
-def _field_at(location: KeyPath) -> tuple[KeyPath, FieldInfo]:
+def _field_at(schema: type[Section], location: KeyPath) -> tuple[KeyPath, FieldInfo]:
     """The innermost configuration key that a pydantic location lies in, with its field."""
-    section: type[Section] | None = RunConfig
-    field, end = RunConfig.model_fields[location[0]], 0
+    section: type[Section] | None = schema
+    field, end = schema.model_fields[location[0]], 0
     for position, name in enumerate(location):
         if section and name in section.model_fields:
             field, end = section.model_fields[name], position + 1
