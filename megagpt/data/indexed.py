@@ -188,9 +188,9 @@ class IndexedDataset:
         path = idx_path(self.prefix)
         end = 0
         for start in range(0, len(self), _CHUNK):
-            lengths = self.lengths[start : start + _CHUNK]
+            lengths = self.lengths[start : start + _CHUNK].astype(np.int64)
             pointers = self.pointers[start : start + _CHUNK]
-            ends = end + np.cumsum(lengths * np.int64(self.dtype.itemsize))
+            ends = end + np.cumsum(lengths * self.dtype.itemsize)
             expected = np.concatenate([[end], ends[:-1]])
             for wrong in np.flatnonzero((lengths < 0) | (pointers != expected))[:1]:
                 raise UserError(
@@ -320,7 +320,7 @@ class IndexedDatasetWriter:
         for start in range(0, self.num_sequences, _CHUNK):
             count = min(_CHUNK, self.num_sequences - start)
             content = os.pread(self._idx.fileno(), 4 * count, _HEADER.size + 4 * start)
-            ends = end + np.cumsum(np.frombuffer(content, _LENGTH) * np.int64(self.dtype.itemsize))
+            ends = end + np.cumsum(np.frombuffer(content, _LENGTH).astype(np.int64) * self.dtype.itemsize)
             self._idx.write(np.concatenate([[end], ends[:-1]]).astype(_OFFSET).data)
             end = int(ends[-1])
         self._documents.seek(0)

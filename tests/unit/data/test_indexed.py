@@ -232,6 +232,7 @@ GOOD = index_bytes([2, 1], [0, 4], [0, 1, 2])
         (index_bytes([], [], [0]), "a.bin: 6 bytes, but its index describes 0; copy both files again"),
         (index_bytes([2, 1], [0, 2], [0, 2], code=4), "a.idx: 6 bytes of tokens do not divide into int32 tokens"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "idx",
 )
 def test_a_damaged_index_is_one_clear_error_at_open(tmp_path: Path, idx: bytes, message: str) -> None:
     (tmp_path / "a.idx").write_bytes(idx)

@@ -15,7 +15,7 @@ from megagpt.data.indexed import IndexedDataset
 from megagpt.data.loader import Batch, BatchLoader, TrainingData, ValidationData
 from megagpt.data.samples import IGNORE_INDEX, TokenSamples
 from megagpt.errors import UsageError, UserError
-from tests.unit.data.reference import write_dataset, write_stream, writes_files
+from tests.unit.data.reference import read_documents, write_dataset, write_stream, writes_files
 
 SEQ_LEN = 8
 
@@ -110,14 +110,16 @@ def test_the_fingerprint_changes_with_all_that_changes_the_order_and_with_nothin
     moved = source(tmp_path / "moved", 980, 4.0)
     fingerprint = TrainingData([a, b], SEQ_LEN, 5, False).fingerprint
     assert fingerprint == TrainingData([moved, b.model_copy(update={"weight": 2.0})], SEQ_LEN, 5, True).fingerprint
-    shuffled = DataSource(path=write_dataset(tmp_path / "shuffled", [list(range(980))[::-1]]), weight=2.0)
+    documents = [document for (document,) in read_documents(a.path)]
+    documents[-1][-1] += 1  # one other token, all counts the same
+    edited = DataSource(path=write_dataset(tmp_path / "edited", documents), weight=2.0)
     others = [
         TrainingData([b, a], SEQ_LEN, 5, False),
         TrainingData([a, a], SEQ_LEN, 5, False),
         TrainingData([a, b.model_copy(update={"weight": 0.9})], SEQ_LEN, 5, False),
         TrainingData([a, b], SEQ_LEN + 1, 5, False),
         TrainingData([a, b], SEQ_LEN, 6, False),
-        TrainingData([shuffled, b], SEQ_LEN, 5, False),
+        TrainingData([edited, b], SEQ_LEN, 5, False),
     ]
     assert len({fingerprint, *(other.fingerprint for other in others)}) == len(others) + 1
 
