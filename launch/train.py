@@ -59,10 +59,12 @@ def _run(config: RunConfig, place: ProcessEnvironment) -> None:
     import deepspeed
     from rich.console import Console
 
+    from megagpt.training.engine import deepspeed_output_to_log
     from megagpt.training.run import train
 
-    _quieten_deepspeed()
-    deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
+    _send_to_log("DeepSpeed")
+    with deepspeed_output_to_log():
+        deepspeed.init_distributed("nccl" if device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
     try:
         train(config, device, Console())
     except UserError:
@@ -95,7 +97,9 @@ def _choose_device(config: RunConfig, place: ProcessEnvironment) -> "torch.devic
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     os.environ["LOCAL_RANK"] = str(index)
-    check_precision(config.train.precision, "cuda", bf16_supported=torch.cuda.is_bf16_supported())
+    check_precision(
+        config.train.precision, "cuda", bf16_supported=torch.cuda.is_bf16_supported(including_emulation=False)
+    )
     return device
 
 
@@ -135,11 +139,12 @@ def _log_to_file(folder: Path, place: ProcessEnvironment) -> None:
         root.addHandler(stderr)
 
 
-def _quieten_deepspeed() -> None:
-    """DeepSpeed's own messages belong into the log files, not between the lines of the progress."""
-    logger = logging.getLogger("DeepSpeed")
+def _send_to_log(name: str) -> None:
+    """A library's messages and everyone's warnings belong into the log files, not between the console's lines."""
+    logger = logging.getLogger(name)
     logger.handlers.clear()
     logger.propagate = True
+    logging.captureWarnings(True)
 
 
 def _report(error: UserError, place: ProcessEnvironment) -> int:

@@ -122,6 +122,7 @@ class Checkpointing(Callback):
     def on_step(self, trainer: Trainer, info: StepInfo) -> None:
         if not trainer.due(trainer.config.checkpoint.every):
             return
+        self._metrics.flush()  # a checkpoint promises that everything up to its step has been logged
         started = time.perf_counter()
         progress = {"step": trainer.step, "consumed_samples": trainer.consumed_samples}
         manifest = self._template.model_copy(update=progress)

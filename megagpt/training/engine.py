@@ -10,8 +10,10 @@ What this module guarantees on top of DeepSpeed, at every ZeRO stage:
 - a step with a non-finite gradient changes nothing and says so.
 """
 
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+import io
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ from megagpt.errors import UserError
 from megagpt.model.gpt import GPT, compile_blocks
 from megagpt.model.init import initialize_weights, parameter_kind
 from megagpt.training.optimizer import build_optimizer, parameter_groups
+
+logger = logging.getLogger(__name__)
 
 _AUTOCAST_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 _SHARDS = "deepspeed"  # folder of DeepSpeed's own files inside a checkpoint
@@ -98,9 +102,10 @@ class Engine:
         model = self._build_model()
         groups = parameter_groups(model, config.optimizer, parameter_kind)
         try:
-            self._engine, *_ = deepspeed.initialize(
-                model=model, optimizer=build_optimizer(groups, config.optimizer), config=self.options
-            )
+            with deepspeed_output_to_log():
+                self._engine, *_ = deepspeed.initialize(
+                    model=model, optimizer=build_optimizer(groups, config.optimizer), config=self.options
+                )
         except ValueError as error:  # pydantic's ValidationError of DeepSpeed's own schema is one
             if not config.deepspeed:
                 raise
@@ -196,6 +201,18 @@ class Engine:
 
     def _to_device(self, batch: Batch) -> Batch:
         return batch.to(self.device)
+
+
+@contextmanager
+def deepspeed_output_to_log() -> Iterator[None]:
+    """What DeepSpeed prints while it sets up goes to the log, not between the lines of the console."""
+    printed = io.StringIO()
+    try:
+        with redirect_stdout(printed):
+            yield
+    finally:
+        for line in printed.getvalue().splitlines():
+            logger.info("%s", line)
 
 
 def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from megagpt.config.schema import RunConfig
 from megagpt.data.indexed import IndexedDatasetWriter
+from megagpt.errors import AgreedError
 from megagpt.training.metrics import read_metrics
 from megagpt.training.run import train
 
@@ -28,8 +29,8 @@ def write_dataset(prefix: Path, tokens: int, seed: int = 0) -> None:
             start += length
 
 
-def tiny_config(data: Path, run_dir: Path, **sections: dict[str, Any]) -> RunConfig:
-    """A two-layer model on data/train; `sections` change it: tiny_config(d, r, train={"steps": 5})."""
+def tiny_config(corpus: Path, run_dir: Path, /, **sections: dict[str, Any]) -> RunConfig:
+    """A two-layer model on corpus/train; `sections` change it: tiny_config(c, r, train={"steps": 5})."""
     tree: dict[str, Any] = {
         "model": {
             "vocab_size": VOCAB_SIZE,
@@ -38,7 +39,7 @@ def tiny_config(data: Path, run_dir: Path, **sections: dict[str, Any]) -> RunCon
             "num_attention_heads": 4,
             "max_seq_len": 32,
         },
-        "data": {"train": [{"path": str(data / "train")}], "validation": [{"path": str(data / "validation")}]},
+        "data": {"train": [{"path": str(corpus / "train")}], "validation": [{"path": str(corpus / "validation")}]},
         "optimizer": {"lr": 3e-3},
         "schedule": {"warmup_steps": 5},
         "train": {
@@ -65,3 +66,12 @@ def train_and_report(config: RunConfig) -> list[dict[str, Any]]:
 def losses(records: list[dict[str, Any]]) -> list[float]:
     """Training loss by step."""
     return [record["loss"] for record in records if record["kind"] == "train"]
+
+
+def refusal(config: RunConfig) -> tuple[str, int]:
+    """The message and exit code with which this process group refuses `config`."""
+    try:
+        train(config, torch.device("cpu"), Console(quiet=True))
+    except AgreedError as error:
+        return str(error), error.exit_code
+    return "trained", 0

@@ -1,8 +1,8 @@
 """Process groups that stay alive across tests: starting torch and DeepSpeed costs seconds, a call milliseconds.
 
 `Ranks(2).run(function, *arguments)` calls a module-level function in two real processes joined by gloo, and returns
-what each rank returned. A failure on any rank ends the group (the others may wait in a collective for ever) and raises with
-that rank's traceback; the next call starts a new group.
+what each rank returned. A failure on any rank ends the group (the others may wait in a collective for ever) and raises
+with that rank's traceback; the next call starts a new group.
 """
 
 import multiprocessing

@@ -1,0 +1,201 @@
+"""A run continues exactly where its newest complete checkpoint ended, or says why it cannot."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from megagpt.config import save_config
+from megagpt.model.gpt import GPT
+from megagpt.training.checkpoint import complete_checkpoints, load_weights, newest_checkpoint
+from megagpt.training.metrics import read_metrics
+from tests.distributed.jobs import losses, refusal, tiny_config, train_and_report
+
+EXACT = ("loss", "grad_norm", "lr", "tokens")
+
+
+def exact_numbers(run_dir: Path, after: int = 0) -> list[tuple[float, ...]]:
+    """What must not change by a single bit, for each training step after step `after`."""
+    records = [r for r in read_metrics(run_dir / "metrics.jsonl") if r["kind"] == "train" and r["step"] > after]
+    return [(record["step"], *(record[key] for key in EXACT)) for record in records]
+
+
+def kill_tree(process: subprocess.Popen[str]) -> None:
+    """SIGKILL for the launcher and every rank, as a power cut would have it: torchrun's ranks lead their own groups."""
+    for member in (*psutil.Process(process.pid).children(recursive=True), process):
+        member.kill()
+    process.communicate()
+
+
+def torchrun(config_file: Path, *overrides: str) -> subprocess.Popen[str]:
+    """The launch command on two processes."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return subprocess.Popen(
+        [*command, "-m", "launch.train", str(config_file), *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.mark.slow
+def test_killed_run_resumes_bit_identical_to_an_uninterrupted_one(corpus, tmp_path):
+    config = tiny_config(
+        corpus,
+        tmp_path / "whole",
+        model={"dropout": 0.1},
+        train={"steps": 150, "precision": "bf16", "micro_batch_size": 2},
+        parallel={"zero_stage": 2},
+        checkpoint={"every": 20},
+        evaluation={"every": 50, "batches": 2},
+    )
+    save_config(config, tmp_path / "config.yaml")
+    whole = torchrun(tmp_path / "config.yaml")
+    output, _ = whole.communicate(timeout=120)
+    assert whole.returncode == 0, output
+
+    killed_dir = tmp_path / "killed"
+    killed = torchrun(tmp_path / "config.yaml", f"train.run_dir={killed_dir}")
+    deadline = time.monotonic() + 120
+    while len(complete_checkpoints(killed_dir / "checkpoints")) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    kill_tree(killed)
+    checkpoint = newest_checkpoint(killed_dir / "checkpoints")
+    assert checkpoint is not None
+    step = int(checkpoint.name.removeprefix("step_"))
+    assert 0 < step < 150
+
+    resumed = torchrun(tmp_path / "config.yaml", f"train.run_dir={killed_dir}")
+    output, _ = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, output
+    assert f"continues from {checkpoint.name}" in output
+    assert exact_numbers(killed_dir, after=step) == exact_numbers(tmp_path / "whole", after=step)
+    assert [number[0] for number in exact_numbers(killed_dir)] == list(range(1, 151))  # no step twice, none missing
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_is_bit_identical_at_every_zero_stage(zero_stage, precision, two_ranks, corpus, tmp_path):
+    def config(run_dir: Path, steps: int):
+        return tiny_config(
+            corpus,
+            run_dir,
+            model={"dropout": 0.1},
+            train={"steps": steps, "precision": precision, "micro_batch_size": 2},
+            schedule={"decay_steps": 25},
+            parallel={"zero_stage": zero_stage},
+            checkpoint={"every": 7},
+            evaluation={"every": 5, "batches": 1},
+        )
+
+    two_ranks.run(train_and_report, config(tmp_path / "whole", 20))
+    two_ranks.run(train_and_report, config(tmp_path / "cut", 7))
+    two_ranks.run(train_and_report, config(tmp_path / "cut", 20))
+    assert exact_numbers(tmp_path / "cut") == exact_numbers(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_weights_read_from_a_checkpoint_are_those_that_were_trained(zero_stage, tied, two_ranks, corpus, tmp_path):
+    config = tiny_config(corpus, tmp_path / "run", parallel={"zero_stage": zero_stage}, model={"tie_embeddings": tied})
+    records = two_ranks.run(train_and_report, config)[0]
+    model = GPT(config.model)
+    model.load_state_dict(load_weights(tmp_path / "run/checkpoints/step_00000020"))
+    stream = torch.frombuffer(bytearray((corpus / "validation.bin").read_bytes()), dtype=torch.uint16).long()
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, len(stream) - 1, 32):
+            total += model(stream[start:-1][None, :32], stream[start + 1 :][None, :32]).item()
+    (validation,) = [record for record in records if record["kind"] == "validation"]
+    assert validation["loss"] == pytest.approx(total / (len(stream) - 1), abs=1e-5)
+
+
+def test_damaged_checkpoint_is_passed_over_for_the_one_before(one_rank, corpus, tmp_path):
+    config = tiny_config(corpus, tmp_path / "run", checkpoint={"every": 8})
+    whole = losses(one_rank.run(train_and_report, config)[0])
+    newest = tmp_path / "run/checkpoints/step_00000020"
+    shard = next((newest / "deepspeed").glob("*optim_states.pt"))
+    os.truncate(shard, shard.stat().st_size - 1)
+    assert newest_checkpoint(tmp_path / "run/checkpoints").name == "step_00000016"
+    assert losses(one_rank.run(train_and_report, config)[0]) == whole
+    message, code = one_rank.run(refusal, tiny_config(corpus, tmp_path / "other", checkpoint={"resume": str(newest)}))[
+        0
+    ]
+    assert (message, code) == ("trained", 0)  # it was written anew by the resumed run
+
+
+def test_only_the_newest_checkpoints_are_kept_and_latest_names_the_last(one_rank, corpus, tmp_path):
+    one_rank.run(train_and_report, tiny_config(corpus, tmp_path / "run", checkpoint={"every": 5, "keep": 2}))
+    folder = tmp_path / "run/checkpoints"
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000015", "step_00000020"]
+    assert (folder / "latest").read_text() == "step_00000020\n"
+    manifest = json.loads((folder / "step_00000020/manifest.json").read_text())
+    on_disk = {
+        str(p.relative_to(folder / "step_00000020")) for p in (folder / "step_00000020").rglob("*") if p.is_file()
+    }
+    assert on_disk == {"manifest.json", *manifest["files"]}
+
+
+def test_finished_run_says_so_and_can_be_extended(one_rank, corpus, tmp_path):
+    constant = {"name": "constant"}
+    short = tiny_config(corpus, tmp_path / "run", schedule=constant, train={"steps": 10})
+    first = losses(one_rank.run(train_and_report, short)[0])
+    assert losses(one_rank.run(train_and_report, short)[0]) == first
+    longer = tiny_config(corpus, tmp_path / "run", schedule=constant)
+    planned = tiny_config(corpus, tmp_path / "planned", schedule=constant)
+    assert losses(one_rank.run(train_and_report, longer)[0]) == losses(one_rank.run(train_and_report, planned)[0])
+
+
+@pytest.fixture(scope="module")
+def finished_run(one_rank, corpus, tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    one_rank.run(train_and_report, tiny_config(corpus, run_dir, train={"steps": 6}))
+    return run_dir
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"model": {"num_layers": 3}}, ["model.num_layers was 2 and is now 3"]),
+        ({"train": {"seed": 5}}, ["seed was 0 and is now 5"]),
+        ({"train": {"global_batch_size": 16}}, ["global_batch_size was 8 and is now 16"]),
+        ({"data": {"seq_len": 16}}, ["seq_len was 32 and is now 16"]),
+        ({"train": {"precision": "bf16"}}, ["precision was fp32 and is now bf16"]),
+        ({"checkpoint": {"resume": "never"}}, ["already holds checkpoints", "choose another train.run_dir"]),
+        ({"checkpoint": {"resume": "/nowhere"}}, ["/nowhere: no such run folder or checkpoint"]),
+    ],
+)
+def test_what_does_not_fit_the_checkpoint_is_refused_by_name(sections, words, one_rank, corpus, finished_run):
+    message, _ = one_rank.run(refusal, tiny_config(corpus, finished_run, **sections))[0]
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+def test_changed_data_is_refused(one_rank, corpus, finished_run, tmp_path):
+    shutil.copytree(corpus, tmp_path / "grown")
+    for suffix in ("bin", "idx"):
+        (tmp_path / "grown" / f"train.{suffix}").write_bytes((corpus / f"validation.{suffix}").read_bytes())
+    message, code = one_rank.run(refusal, tiny_config(tmp_path / "grown", finished_run))[0]
+    assert code == 2
+    assert "the datasets or their weights changed" in message
+
+
+def test_another_number_of_ranks_is_refused_with_the_number_that_fits(two_ranks, corpus, finished_run):
+    message, code = two_ranks.run(refusal, tiny_config(corpus, finished_run))[0]
+    assert code == 2
+    assert "world_size was 1 and is now 2" in message
+
+
+def test_a_problem_on_one_rank_ends_all_ranks_with_its_message(two_ranks, corpus, tmp_path):
+    config = tiny_config(corpus, tmp_path / "run", train={"global_batch_size": 7})
+    answers = two_ranks.run(refusal, config)
+    assert answers[0] == answers[1]
+    assert "7 sequences cannot be divided among 2 ranks" in answers[0][0]
+    assert answers[0][1] == 2
