@@ -5,7 +5,7 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator
 
 from megagpt.config.schema import Section
 
@@ -35,11 +35,15 @@ class DedupConfig(Section):
     rows: int = Field(8, gt=0)
     """Values of a signature in each band."""
 
-    @model_validator(mode="after")
-    def _check_bands(self) -> "DedupConfig":
-        if self.bands * self.rows > self.num_perm:
-            raise ValueError(f"bands: {self.bands} x {self.rows} rows exceed num_perm {self.num_perm}")
-        return self
+    @field_validator("rows")
+    @classmethod
+    def _check_rows(cls, rows: int, info: ValidationInfo) -> int:
+        bands, num_perm = info.data.get("bands"), info.data.get("num_perm")
+        if bands and num_perm and bands * rows > num_perm:
+            raise ValueError(
+                f"{rows} in each of {bands} bands exceed dedup.num_perm {num_perm}; choose fewer"
+            )
+        return rows
 
 
 class ExecutionConfig(Section):

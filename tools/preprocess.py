@@ -1,0 +1,226 @@
+"""Make a token dataset from text files: read, clean, deduplicate, tokenize, shuffle, split.
+
+What it does lives in megagpt.corpus; here are the flags, the display and the start under MPI.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Display
+
+from megagpt.config.loading import load_section
+from megagpt.corpus import CorpusConfig, Progress, Report, preprocess
+from megagpt.corpus.executor import Observer, Pool, mpi_pool
+from megagpt.errors import UserError
+from tools.command import fail, run_command, single_command
+
+NAME = "python -m tools.preprocess"
+_SECONDS_BETWEEN_LINES = 10.0
+# What launchers tell each process about how many they started: MPICH and Slurm's PMI, Open MPI, srun.
+_LAUNCHER_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+
+
+class Dedup(str, Enum):
+    """Choices of --dedup."""
+
+    none = "none"
+    exact = "exact"
+    minhash = "minhash"
+
+
+class Engine(str, Enum):
+    """Choices of --executor."""
+
+    local = "local"
+    mpi = "mpi"
+
+
+def preprocess_command(
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="MORE", help="More inputs, as a shell expands a pattern to.")
+    ] = None,
+    input: Annotated[list[str] | None, typer.Option(help="File, folder or quoted pattern; may be repeated.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder of the token dataset; appears when complete.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="tiktoken encoding, bytes, or the file of an own tokenizer. [default: gpt2]")
+    ] = None,
+    vocab_dir: Annotated[str | None, typer.Option(help="Where to look for vocabulary files first.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of all options; flags override it.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. [default: one a CPU]")] = None,
+    executor: Annotated[
+        Engine, typer.Option(help="Processes of this machine, or the ranks of an MPI program.")
+    ] = Engine.local,
+    clean: Annotated[bool | None, typer.Option("--clean/--no-clean", help="[default: clean]")] = None,
+    dedup: Annotated[Dedup | None, typer.Option(help="[default: minhash]")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Similarity of near-duplicates, 0 to 1. [default: 0.8]")
+    ] = None,
+    validation_fraction: Annotated[float | None, typer.Option(help="Share of documents. [default: 0.01]")] = None,
+    shuffle: Annotated[
+        bool | None, typer.Option("--shuffle/--no-shuffle", help="Order of documents. [default: shuffle]")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of shuffle and split. [default: 0]")] = None,
+    work_dir: Annotated[str | None, typer.Option(help="Intermediate files. [default: OUTPUT.work]")] = None,
+    max_bad: Annotated[float | None, typer.Option(help="Share of unreadable documents. [default: 0.01]")] = None,
+    text_key: Annotated[str | None, typer.Option(help="Key of the text in .jsonl files. [default: text]")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing dataset.")] = False,
+) -> None:
+    """Turn text (.jsonl, or files that are one document each; .gz and .zst of both) into a token dataset.
+
+    An interrupted run goes on where it stopped when the same command is given again.
+
+    Example: python -m tools.preprocess --input 'corpus/*.jsonl' --output data/corpus --tokenizer gpt2 --workers 8
+
+    On several nodes: mpiexec -n 64 python -m tools.preprocess --executor mpi --input ... (rank 0 gives out the work)
+    """
+    options: dict[str, Any] = {
+        "input": [*(input or []), *(more or [])] or None,
+        "output": output,
+        "tokenizer": tokenizer,
+        "text_key": text_key,
+        "clean.enabled": clean,
+        "dedup.method": dedup.value if dedup else None,
+        "dedup.threshold": threshold,
+        "validation_fraction": validation_fraction,
+        "shuffle": shuffle,
+        "seed": seed,
+        "max_bad": max_bad,
+        "execution.workers": workers,
+        "execution.work_dir": work_dir,
+        "execution.vocab_dir": vocab_dir,
+    }
+    given = {key: value for key, value in options.items() if value is not None}
+    overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items()]
+    if executor is Engine.local:
+        _run(load_section(CorpusConfig, config, overrides), None, overwrite)
+        return
+    with mpi_pool(_launched_processes()) as pool:
+        if pool is not None:
+            with _ending_all_ranks():
+                _run(load_section(CorpusConfig, config, overrides), pool, overwrite)
+
+
+def _launched_processes() -> int:
+    return max(int(os.environ.get(variable, 0)) for variable in _LAUNCHER_VARIABLES)
+
+
+@contextlib.contextmanager
+def _ending_all_ranks() -> Iterator[None]:
+    """The other ranks may be in the middle of long work: an error here must not wait for them."""
+    try:
+        yield
+    except UserError as error:
+        _abort(fail(str(error), error.exit_code))
+    except BaseException:  # noqa: BLE001 (nothing goes on after this)
+        traceback.print_exc()
+        _abort(1)
+
+
+def _abort(code: int) -> NoReturn:
+    from mpi4py import MPI
+
+    sys.stdout.flush()
+    sys.stderr.flush()
+    MPI.COMM_WORLD.Abort(code)
+    raise SystemExit(code)
+
+
+def _run(config: CorpusConfig, pool: Pool | None, overwrite: bool) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    with _display(console) as observe:
+        report = preprocess(config, pool, observe, overwrite)
+    _print_summary(console, report)
+
+
+def _print_summary(console: Console, report: Report) -> None:
+    if report.was_finished:
+        console.print(f"{report.output}: already finished by an earlier run of the same plan; nothing to do")
+    for name, count in report.funnel:
+        console.print(f"{name:<32}{count:>14,}")
+    for name, split in report.splits.items():
+        console.print(f"{name:<32}{split.documents:>14,} documents {split.tokens:>16,} tokens")
+    if report.counts["bad"] or report.counts["harmless"]:
+        console.print(
+            f"left out: {report.counts['bad']:,} unreadable, {report.counts['harmless']:,} empty or binary: "
+            f"see {report.output / 'quarantine.jsonl'}"
+        )
+    if not report.was_finished:
+        times = ", ".join(f"{stage.name} {stage.seconds:.1f}" for stage in report.stages)
+        console.print(f"{report.seconds:.1f} s, {report.megabytes_per_second:.1f} MB/s of input (seconds: {times})")
+        console.print(f"written: {report.output}; what happened to the documents: {report.output / 'report.html'}")
+
+
+@contextlib.contextmanager
+def _display(console: Console) -> Iterator[Observer]:
+    """A live bar on a terminal; elsewhere a line at the end of each stage, and every ten seconds."""
+    if not console.is_terminal:
+        yield _LinePrinter(console).show
+        return
+    columns = [
+        SpinnerColumn(),
+        TextColumn("{task.description:<10}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rates]}"),
+        TimeRemainingColumn(),
+    ]
+    with Display(*columns, console=console) as display:
+        bars: dict[str, Any] = {}
+        starts: dict[str, float] = {}
+
+        def show(progress: Progress) -> None:
+            if progress.stage not in bars:
+                bars[progress.stage] = display.add_task(progress.stage, total=progress.tasks, rates="")
+                starts[progress.stage] = time.monotonic()
+            seconds = time.monotonic() - starts[progress.stage]
+            display.update(bars[progress.stage], completed=progress.done, rates=_rates(progress, seconds))
+
+        yield show
+
+
+class _LinePrinter:
+    """Plain lines for logs."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._stage = ""
+        self._stage_start = self._last_line = 0.0
+
+    def show(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if progress.stage != self._stage:
+            self._stage, self._stage_start, self._last_line = progress.stage, now, now
+        if progress.done == progress.tasks or now - self._last_line >= _SECONDS_BETWEEN_LINES:
+            self._last_line = now
+            rates = _rates(progress, now - self._stage_start)
+            reused = f", {progress.reused} from an earlier run" if progress.reused else ""
+            self._console.print(f"{progress.stage:<10} {progress.done}/{progress.tasks}{reused}  {rates}".rstrip())
+
+
+def _rates(progress: Progress, seconds: float) -> str:
+    """The counts that a stage has, in words; rates only where nothing came from an earlier run."""
+    counts, parts = progress.counts, []
+    for name in ("documents", "tokens", "duplicates"):
+        if name in counts:
+            parts.append(f"{counts[name]:,.0f} {name}")
+    size = counts.get("bytes", counts.get("text_bytes"))
+    if size and seconds > 0 and not progress.reused:
+        parts.append(f"{size / 1e6 / seconds:.1f} MB/s")
+    return ", ".join(parts)
+
+
+app = single_command(preprocess_command, NAME)
+
+if __name__ == "__main__":
+    run_command(app, NAME)
