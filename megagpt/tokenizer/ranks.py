@@ -6,7 +6,6 @@ which GPT-2's own files and the tokenizers library write bytes (Radford et al. 2
 """
 
 import base64
-import binascii
 import hashlib
 import os
 from pathlib import Path
@@ -54,18 +53,20 @@ def read_rank_file(path: str | Path) -> Ranks:
         raise UserError(f"{path}: cannot read the tokenizer: {error.strerror}") from error
     ranks: Ranks = {}
     for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}"
         try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except (ValueError, binascii.Error) as error:
+            encoded, rank = line.split()
+            token, given = base64.b64decode(encoded, validate=True), int(rank)
+        except ValueError as error:
             raise UserError(
-                f"{path}, line {number}: not a line of a tiktoken rank file (base64 of a token, a space, its id); "
+                f"{where}: not a line of a tiktoken rank file (base64 of a token, a space, its id); "
                 "give a file made by python -m tools.train_tokenizer"
             ) from error
-        if int(rank) != len(ranks) - 1:
-            raise UserError(
-                f"{path}, line {number}: id {int(rank)} where {number - 1} must follow; the file is damaged"
-            )
+        if given != number - 1:
+            raise UserError(f"{where}: id {given} where {number - 1} must follow; the file is damaged, make it anew")
+        if token in ranks:
+            raise UserError(f"{where}: the token {token!r} stands there twice; the file is damaged, make it anew")
+        ranks[token] = given
     missing = sum(byte not in ranks for byte in BYTE_RANKS)
     if missing:
         raise UserError(

@@ -31,7 +31,7 @@ MAX_CHUNK_CHARACTERS = 500_000
 """Longest text given to tiktoken at once. Its regex gives up on a million blanks; its memory is 50 bytes a letter of
 a word."""
 
-# Where a letter or digit meets a blank, a line end, or a CJK comma or stop. No piece of any pattern in use goes over such
+# Where a letter or digit meets a blank, a line end, a CJK comma or stop. No piece of any pattern in use goes over such
 # a place, and none looks back: the tokens before and after it are the same whether the text is cut there or not.
 _CUT = r"[^\W_](?=[ \n，。])"
 _LAST_CUT = re.compile(rf"(?s:.*){_CUT}")
