@@ -19,7 +19,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from launch.environment import free_port
 from megagpt.config import load_config
 from megagpt.data.unigram import unigram_loss
 from megagpt.errors import UserError
@@ -110,10 +109,11 @@ def train(data: Path, run_dir: Path, steps: int) -> str:
     processes = torch.cuda.device_count() if torch.cuda.is_available() else 2
     batch = load_config(CONFIG).train.global_batch_size
     command(
-        *("torch.distributed.run", "--nproc-per-node", processes, "--master-port", free_port()),
+        *("torch.distributed.run", "--standalone", "--nproc-per-node", processes),
         *("-m", "launch.train", CONFIG, f"train.steps={steps}", f"train.run_dir={run_dir}"),
         *(f"data.train.0.path={data / 'tokens' / 'train'}", f"data.validation.0.path={data / 'tokens' / 'validation'}"),
         f"train.global_batch_size={math.lcm(batch, processes)}",
+        threads=max(1, len(os.sched_getaffinity(0)) // processes),
     )
     return f"{run_dir}: config.yaml, metrics.jsonl, checkpoints/"
 
@@ -140,12 +140,13 @@ def sample(run_dir: Path) -> str:
     return f"{len(PROMPTS)} continuations, above"
 
 
-def command(*arguments: object) -> None:
-    """Show a command and run it; its failure ends the quickstart with one line."""
+def command(*arguments: object, threads: int | None = None) -> None:
+    """Show a command and run it; its failure ends the quickstart with one line. threads: of each of its processes."""
     words = [str(argument) for argument in arguments]
     shown = " ".join(repr(word) if set(word) & set(" \n'\"*") else word for word in words)
     console.print(f"$ python -m {shown}", style="dim", markup=False)
-    code = subprocess.run([sys.executable, "-m", *words], check=False).returncode
+    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    code = subprocess.run([sys.executable, "-m", *words], check=False, env=environment).returncode
     if code:
         raise UserError(f"`python -m {words[0]}` failed with exit code {code}; its own message is above")
 

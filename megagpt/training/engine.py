@@ -200,7 +200,7 @@ class Engine:
         return norm, finite
 
     def _to_device(self, batch: Batch) -> Batch:
-        return batch.to(self.device)
+        return batch.to(self.device, non_blocking=True)
 
 
 @contextmanager

@@ -21,7 +21,8 @@ import megagpt
 from megagpt.config import check_batch, save_config
 from megagpt.config.schema import RunConfig
 from megagpt.data.atomic import replace_file
-from megagpt.data.loader import BatchLoader, TrainingData, ValidationData, common_tokenizer
+from megagpt.data.loader import BatchLoader, TrainingData, ValidationData
+from megagpt.data.manifest import common_tokenizer
 from megagpt.errors import UsageError, UserError
 from megagpt.model.counts import flops_per_token, parameter_count
 from megagpt.scaling.devices import peak_flops
@@ -221,7 +222,9 @@ def _print_plan(
 ) -> None:
     """What is about to happen, before the first slow thing does."""
     cut, model = config.train, config.model
-    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU x {torch.get_num_threads()}"
+    device_name = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU with {torch.get_num_threads()} thread(s)"
+    )
     tokens = cut.steps * cut.global_batch_size * config.seq_len
     start = f"continues from {checkpoint.name}" if checkpoint else "starts anew"
     available = sum(dataset.num_tokens for dataset in data.datasets)

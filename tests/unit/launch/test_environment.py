@@ -3,7 +3,7 @@
 import pytest
 
 from launch.environment import discover, port_of_job, tasks_per_node
-from launch.train import cpu_threads
+from launch.process import cpu_threads
 from megagpt.errors import UsageError
 
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"} | {
