@@ -92,9 +92,7 @@ class GPT(nn.Module):
         assert cache is None or document_ids is None, "a cache holds one document"
         seq_len, past_len = input_ids.shape[1], 0 if cache is None else cache.length
         if self.config.position == "learned" and past_len + seq_len > self.config.max_seq_len:
-            raise ValueError(
-                f"{past_len + seq_len} tokens, but the model has learned {self.config.max_seq_len} positions (max_seq_len)"
-            )
+            raise ValueError(f"{past_len + seq_len} tokens, but only {self.config.max_seq_len} learned positions")
         positions = position_ids(seq_len, past_len, document_ids, input_ids.device)
         mask = attention_mask(seq_len, past_len, document_ids, input_ids.device)
         rotary = self._rotary_tables(positions)
