@@ -1,0 +1,59 @@
+"""python -m tools.benchmark: measure this machine's speed with this code, side by side with a plain alternative."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from launch.environment import discover
+from launch.process import joined
+from megagpt.config import load_config
+from tools.command import run_command
+
+PROGRAM = "python -m tools.benchmark"
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
+
+
+@app.callback()
+def main() -> None:
+    """Measure speed, interleaved with a plain alternative so that a busy machine slows both.
+
+    Example: python -m tools.benchmark train configs/small.yaml --steps 10
+    """
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="Configuration of a run; its data is not read.")] = "configs/small.yaml",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Changes to the configuration.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Counted steps of each, after one that compiles.")] = 10,
+    output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file too.")] = None,
+) -> None:
+    """A training step against a plain torch loop: same model, compiled as a whole, autocast, full logits, fused AdamW.
+
+    Example: python -m tools.benchmark train configs/small.yaml train.global_batch_size=8 --steps 5
+    """
+    run_config = load_config(config, overrides or [])
+    console = Console(highlight=False, soft_wrap=True)
+    with joined(discover(), run_config.train.device, run_config.train.precision) as device:
+        from megagpt.scaling.train_benchmark import compare_with_plain_loop
+
+        result = compare_with_plain_loop(run_config, steps, device, console.print)
+    seconds, rates, speedup = result["step_seconds"], result["tokens_per_second"], result["speedup"]
+    for name in seconds:
+        console.print(f"{name:8} {seconds[name]:.3f} s a step, {rates[name]:,.0f} tokens/s (median of {steps})")
+    console.print(
+        f"megagpt is {speedup['median']:.2f} x as fast (pair by pair: {speedup['min']:.2f} to {speedup['max']:.2f})"
+    )
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_command(app, PROGRAM)
