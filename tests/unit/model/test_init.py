@@ -1,0 +1,102 @@
+"""Initial weights: their distribution, and that nothing but seed and name decides them."""
+
+import contextlib
+import math
+
+import pytest
+import torch
+
+from megagpt.config import ModelConfig
+from megagpt.model import GPT, initialize_weights, parameter_kind
+
+CONFIG = ModelConfig(vocab_size=503, num_layers=8, hidden_size=96, num_attention_heads=6, max_seq_len=64)
+LLAMA = CONFIG.model_copy(
+    update={"norm": "rmsnorm", "activation": "swiglu", "position": "rope", "tie_embeddings": False}
+)
+
+
+def initialized(config: ModelConfig, seed: int = 0) -> GPT:
+    model = GPT(config)
+    initialize_weights(model, seed)
+    return model
+
+
+@pytest.mark.parametrize("config", [CONFIG, LLAMA], ids=["gpt2", "llama"])
+def test_each_parameter_has_gpt2s_distribution(config):
+    for name, parameter in initialized(config).named_parameters():
+        if name.endswith("bias"):
+            assert (parameter == 0).all(), name
+        elif "norm" in name:
+            assert (parameter == 1).all(), name
+        else:
+            residual = name.endswith(("attention.out.weight", "feedforward.down.weight"))
+            std = 0.02 / math.sqrt(2 * 8) if residual else 0.02
+            n = parameter.numel()
+            # Five standard errors of the estimates of mean and standard deviation.
+            assert abs(parameter.mean().item()) < 5 * std / math.sqrt(n), name
+            assert abs(parameter.std().item() - std) < 5 * std / math.sqrt(2 * n), name
+
+
+def test_no_two_matrices_are_equal():
+    matrices = [p.flatten()[:64] for p in initialized(CONFIG).parameters() if p.dim() == 2]
+    scaled = torch.stack([m / m.std() for m in matrices])
+    correlation = torch.corrcoef(scaled) - torch.eye(len(scaled))
+    assert correlation.abs().max() < 0.6
+
+
+def test_a_parameter_depends_on_its_name_and_the_seed_only():
+    """A deeper, untied model has the same weights wherever names and scale agree."""
+    torch.manual_seed(1)
+    first = dict(initialized(CONFIG).named_parameters())
+    torch.manual_seed(2)
+    other_config = CONFIG.model_copy(update={"num_layers": 9, "tie_embeddings": False})
+    second = dict(initialized(other_config).named_parameters())
+    for name in ("embedding.weight", "position_embedding.weight", "blocks.7.attention.qkv.weight"):
+        assert torch.equal(first[name], second[name]), name
+    third = dict(initialized(CONFIG, seed=1).named_parameters())
+    assert not torch.equal(first["embedding.weight"], third["embedding.weight"])
+
+
+def test_low_precision_models_start_from_the_rounded_fp32_weights():
+    rounded = GPT(CONFIG).bfloat16()
+    initialize_weights(rounded, 0)
+    for (name, exact), parameter in zip(initialized(CONFIG).named_parameters(), rounded.parameters(), strict=True):
+        assert torch.equal(exact.bfloat16(), parameter), name
+
+
+def test_sharded_parameters_are_written_whole_inside_gather():
+    """A stand-in for ZeRO-3: outside the context a parameter is empty."""
+    model, whole = GPT(CONFIG), initialized(CONFIG)
+    shards = {}
+    for parameter in model.parameters():
+        shards[parameter] = parameter.data
+        parameter.data = torch.empty(0)
+
+    @contextlib.contextmanager
+    def gather(parameters):
+        for parameter in parameters:
+            parameter.data = shards[parameter]
+        yield
+        for parameter in parameters:
+            parameter.data = torch.empty(0)
+
+    initialize_weights(model, 0, gather)
+    for (name, expected), parameter in zip(whole.named_parameters(), model.parameters(), strict=True):
+        assert parameter.numel() == 0
+        assert torch.equal(shards[parameter], expected), name
+
+
+def test_tied_weights_are_one_parameter():
+    names = [name for name, _ in initialized(CONFIG).named_parameters(remove_duplicate=False)]
+    assert "head.weight" not in names
+    assert "head.weight" in dict(initialized(LLAMA).named_parameters())
+
+
+def test_kinds_of_all_parameters():
+    kinds = {name: parameter_kind(name) for config in (CONFIG, LLAMA) for name, _ in GPT(config).named_parameters()}
+    modules = {name: module for config in (CONFIG, LLAMA) for name, module in GPT(config).named_modules()}
+    expected = {"LayerNorm": "norm", "RMSNorm": "norm", "Embedding": "embedding", "Linear": "matrix"}
+    for name, kind in kinds.items():
+        module, _, leaf = name.rpartition(".")
+        wanted = expected[type(modules[module]).__name__]
+        assert kind == ("bias" if leaf == "bias" and wanted == "matrix" else wanted), name
