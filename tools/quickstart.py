@@ -28,14 +28,15 @@ from tools.command import run_command, single_command
 
 PROGRAM = "python -m tools.quickstart"
 CONFIG = "configs/quickstart.yaml"
-PROMPTS = ("def ", "import os\n", "The Python ")
+DATA, RUN_DIR = Path("data/quickstart"), Path("runs/quickstart")
+PROMPTS = ("def", "import os\nimport", "The Python")
 
 console = Console(highlight=False, soft_wrap=True)
 
 
 def main(
-    data: Annotated[Path, typer.Option(help="Folder for the corpus and the token dataset.")] = Path("data/quickstart"),
-    run_dir: Annotated[Path, typer.Option(help="Folder of the run.")] = Path("runs/quickstart"),
+    data: Annotated[Path, typer.Option(help="Folder for the corpus and the token dataset.")] = DATA,
+    run_dir: Annotated[Path, typer.Option(help="Folder of the run.")] = RUN_DIR,
     steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 300,
 ) -> None:
     """Build a corpus from this machine's Python, train a tokenizer and a small GPT on it, and sample from it.
@@ -125,7 +126,7 @@ def evaluate(data: Path, run_dir: Path) -> str:
     baseline = unigram_loss(
         data / "tokens" / "train", data / "tokens" / "validation", load_config(CONFIG).model.vocab_size
     )
-    plot = plot_losses(run_dir)
+    plot = plot_losses(run_dir, {"unigram model": baseline})
     console.print(f"validation loss {loss:.3f} (perplexity {math.exp(loss):.1f}) after {records[-1]['step']} steps")
     console.print(f"unigram model   {baseline:.3f} (perplexity {math.exp(baseline):.1f}) on the same tokens")
     if loss >= baseline:
@@ -153,11 +154,13 @@ def command(*arguments: object, threads: int | None = None) -> None:
 
 def next_steps(data: Path, run_dir: Path, steps: int) -> str:
     """What to try now."""
+    chosen = {"--data": (data, DATA), "--run-dir": (run_dir, RUN_DIR)}
+    options = "".join(f" {option} {value}" for option, (value, default) in chosen.items() if value != default)
     return f"""
 Next:
   look      {data / "tokens" / "report.html"} (what preprocessing did), {run_dir / "loss.png"} (the loss curve)
   sample    python -m tools.generate {run_dir} --prompt "class " --samples 3
-  go on     {PROGRAM} --steps {2 * steps}
+  go on     {PROGRAM}{options} --steps {2 * steps}
   own text  python -m tools.preprocess --input 'my/texts/*.jsonl' --output data/corpus --tokenizer gpt2
   train     torchrun --nproc-per-node 2 -m launch.train configs/small.yaml"""
 

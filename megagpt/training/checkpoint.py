@@ -10,11 +10,13 @@ A checkpoint is written to a hidden folder, fsynced, listed in its manifest and 
 valid manifest does not count. The price: every byte is read once more for its checksum, by the rank that wrote it.
 """
 
+import io
 import logging
 import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -153,9 +155,13 @@ def load_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     if manifest.zero_stage == 0:
         state = torch.load(checkpoint / SHARDS / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
         return {name: tensor.float() for name, tensor in state["module"].items()}
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    chatter = io.StringIO()  # DeepSpeed prints at import and draws a progress bar
+    with redirect_stdout(chatter), redirect_stderr(chatter):
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    return dict(get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=SHARDS))
+        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=SHARDS)
+    logger.info("%s", chatter.getvalue())
+    return dict(weights)
 
 
 def _seal_own_files(folder: Path, rank: int) -> dict[str, FileChecksum]:
