@@ -29,7 +29,7 @@ setup(
         "rich>=13",
         "scipy>=1.11",
         "tensorboard>=2.15",
-        "tiktoken>=0.7",
+        "tiktoken>=0.13",  # before it, the time for a word grew with the square of its length
         "tokenizers>=0.20",
         "typer>=0.12",
         "wandb>=0.17",

@@ -22,6 +22,9 @@ PIECE_BYTES = 1 << 20  # so much at once, of a file of which parts can be read a
 def main(
     inputs: Annotated[list[str], typer.Option("--input", help="File, folder or glob pattern of text; repeatable.")],
     output: Annotated[Path, typer.Option(help="File to write; give its path as --tokenizer to other commands.")],
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="MORE", help="More inputs, as a shell expands a pattern to.")
+    ] = None,
     vocab_size: Annotated[
         int, typer.Option(min=MIN_VOCAB_SIZE, help="Entries, 256 bytes and the end-of-document token included.")
     ] = 32768,
@@ -39,7 +42,7 @@ def main(
     if output.is_dir():
         raise UsageError(f"--output {output}: is a folder; name a file in it, {output / 'bpe.tiktoken'} for example")
     start = time.monotonic()
-    sample = Sample(find_files(inputs), int(sample_megabytes * 1e6), text_key)
+    sample = Sample(find_files([*inputs, *(more or [])]), int(sample_megabytes * 1e6), text_key)
     try:
         ranks = train_bpe(sample, vocab_size)
     except UserError as error:
@@ -49,7 +52,7 @@ def main(
     except OSError as error:
         raise UserError(f"{output}: cannot be written: {error.strerror}") from error
     print(f"{output}: {vocab_size:,} entries, sha256 {load_tokenizer(output).vocab_sha256}")
-    print(f"  trained on {sample.bytes / 1e6:.1f} MB of text in {time.monotonic() - start:.1f} s{sample.left_out()}")
+    print(f"  trained on {sample.bytes / 1e6:.2f} MB of text in {time.monotonic() - start:.1f} s{sample.left_out()}")
 
 
 class Sample:

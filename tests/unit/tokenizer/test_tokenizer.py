@@ -127,9 +127,8 @@ def test_pickled_tokenizers_encode_alike(tokenizer: Tokenizer) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "cl100k_base", "o200k_base"])
 def test_no_piece_of_any_pattern_goes_over_a_cut(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pattern = regex.compile(with_pattern_of(name, monkeypatch).encoding._pat_str)
-    everything = "".join(
-        f"{chr(code)} {chr(code)}\n{chr(code)}，{chr(code)}。" for code in range(0x40000)
-    )  # all letters
+    characters = map(chr, range(0x40000))  # all letters are among them
+    everything = "".join(f"{c} {c}\n{c}，{c}。{c}'s{c}.\n{c}!\n" for c in characters)
     cuts = {match.end() for match in re.finditer(module._CUT, everything)}
     assert len(cuts) > 4 * 130_000
     assert cuts <= {match.start() for match in pattern.finditer(everything)}

@@ -90,6 +90,14 @@ def test_errors_are_one_line_with_their_exit_code(
 
 
 @pytest.mark.slow
+def test_an_unquoted_pattern_gives_the_same_file_as_a_quoted_one(corpus: Path, tmp_path: Path) -> None:
+    for output, inputs in (("quoted", [f"{corpus}/c*.txt"]), ("unquoted", sorted(corpus.glob("c*.txt")))):
+        done = run("--input", *inputs, "--vocab-size", 300, "--output", tmp_path / output)
+        assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "quoted").read_bytes() == (tmp_path / "unquoted").read_bytes()
+
+
+@pytest.mark.slow
 def test_records_that_are_no_documents_are_counted_and_the_first_is_named(tmp_path: Path) -> None:
     lines = [json.dumps({"text": text}) for text in TOPICS[:30]]
     lines[3:3] = ["{broken", '{"text": 7}']
