@@ -55,9 +55,11 @@ def preprocess_command(
     tokenizer: Annotated[
         str | None, typer.Option(help="tiktoken encoding, bytes, or the file of an own tokenizer. [default: gpt2]")
     ] = None,
-    vocab_dir: Annotated[str | None, typer.Option(help="Where to look for vocabulary files first.")] = None,
+    vocab_dir: Annotated[
+        str | None, typer.Option(envvar="MEGAGPT_VOCAB_DIR", help="Where to look for vocabulary files first.")
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file of all options; flags override it.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes. [default: one a CPU]")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes. [default: one a CPU]")] = None,
     executor: Annotated[
         Engine, typer.Option(help="Processes of this machine, or the ranks of an MPI program.")
     ] = Engine.local,
@@ -70,7 +72,7 @@ def preprocess_command(
     shuffle: Annotated[
         bool | None, typer.Option("--shuffle/--no-shuffle", help="Order of documents. [default: shuffle]")
     ] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of shuffle and split. [default: 0]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of shuffle and split. [default: 0]")] = None,
     work_dir: Annotated[str | None, typer.Option(help="Intermediate files. [default: OUTPUT.work]")] = None,
     max_bad: Annotated[float | None, typer.Option(help="Share of unreadable documents. [default: 0.01]")] = None,
     text_key: Annotated[str | None, typer.Option(help="Key of the text in .jsonl files. [default: text]")] = None,

@@ -40,9 +40,7 @@ class DedupConfig(Section):
     def _check_rows(cls, rows: int, info: ValidationInfo) -> int:
         bands, num_perm = info.data.get("bands"), info.data.get("num_perm")
         if bands and num_perm and bands * rows > num_perm:
-            raise ValueError(
-                f"{rows} in each of {bands} bands exceed dedup.num_perm {num_perm}; choose fewer"
-            )
+            raise ValueError(f"{rows} in each of {bands} bands exceed dedup.num_perm {num_perm}; choose fewer")
         return rows
 
 

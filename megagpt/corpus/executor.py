@@ -12,8 +12,7 @@ import signal
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing.connection import wait as wait_for_sentinels
 from multiprocessing.process import BaseProcess
@@ -22,6 +21,8 @@ from typing import Any, Protocol
 
 from megagpt.corpus.workspace import Receipt, is_being_written, read_receipt, write_folder
 from megagpt.errors import UserError
+
+_SECONDS_BETWEEN_CHECKS = 1.0
 
 
 class Task(Protocol):
@@ -57,8 +58,11 @@ class Pool(Protocol):
     def submit(self, function: Callable[..., Receipt], *arguments: Any) -> "Future[Receipt]":
         """Let a worker call `function`; what cannot be pickled cannot be sent."""
 
+    def check(self) -> None:
+        """BrokenExecutor if a worker has died."""
+
     def dead_workers(self) -> dict[int, int]:
-        """Process id and exit code of the workers that ended by themselves."""
+        """After that: process id and exit code of the workers that ended by themselves; all others are ended."""
 
 
 @dataclass(frozen=True)
@@ -93,13 +97,14 @@ def run_stage(pool: Pool, folder: Path, tasks: Sequence[Task], observe: Observer
         while len(receipts) < len(tasks):
             for number in itertools.islice(missing, 2 * pool.workers - len(running)):
                 running[pool.submit(_run_task, targets[number], tasks[number])] = number
-            finished, _ = wait(running, return_when=FIRST_COMPLETED)
+            finished, _ = wait(running, _SECONDS_BETWEEN_CHECKS, FIRST_COMPLETED)
+            pool.check()
             for future in finished:
                 receipt = future.result()
                 receipts[running.pop(future)] = receipt
                 counts.update(receipt)
             observe(Progress(folder.name, len(tasks), len(receipts), reused, dict(counts)))
-    except BrokenProcessPool:
+    except BrokenExecutor:
         at_work = [(targets[number], tasks[number]) for number in running.values()]
         raise UserError(f"stage {folder.name}{_death_notice(pool, at_work)}") from None
     return StageResult(targets, [receipts[number] for number in range(len(tasks))], reused)
@@ -149,9 +154,16 @@ class LocalPool:
         self._processes.update(set(multiprocessing.active_children()) - self._not_ours)
         return future
 
+    def check(self) -> None:
+        """BrokenExecutor if a worker has died: the executor itself overlooks some deaths until it is used again."""
+        if wait_for_sentinels([process.sentinel for process in self._processes], 0):
+            raise BrokenExecutor
+
     def dead_workers(self) -> dict[int, int]:
-        """Process id and exit code of the workers that ended by themselves."""
-        self._executor.shutdown()  # the pool has terminated the others, and now waits for them
+        """Process id and exit code of the workers that ended by themselves; all others are ended."""
+        for process in self._processes:
+            process.terminate()
+        self._executor.shutdown(cancel_futures=True)
         codes = {process.pid: process.exitcode for process in self._processes}
         return {pid: code for pid, code in codes.items() if pid and code not in (None, 0, -signal.SIGTERM)}
 
@@ -172,7 +184,7 @@ def _death_notice(pool: Pool, at_work: Sequence[tuple[Path, Task]]) -> str:
     """Which worker died, of what, and what it was working on."""
     advice = "run the same command again to go on, with fewer --workers if memory ran out"
     for pid, code in pool.dead_workers().items():
-        reason = f"killed by signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"ended with code {code}"
+        reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"gone with exit code {code}"
         where = "".join(f", {task}" for target, task in at_work if is_being_written(target, pid))
         return f"{where}: a worker was {reason}; {advice}"
     return f": a worker ended without a word; {advice}"
@@ -192,8 +204,11 @@ class MPIPool:
         """Let another rank call `function`."""
         return self._executor.submit(function, *arguments)
 
+    def check(self) -> None:
+        """Nothing to check: MPI ends all ranks when one dies."""
+
     def dead_workers(self) -> dict[int, int]:
-        """None: MPI ends all ranks when one dies."""
+        """None: see `check`."""
         return {}
 
 

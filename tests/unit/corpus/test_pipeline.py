@@ -1,0 +1,331 @@
+"""The whole pipeline, in this process: what comes out of it against what was put in."""
+
+import io
+import json
+import random
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+
+from megagpt.corpus import CorpusConfig, Report, preprocess
+from megagpt.corpus.workspace import Receipt
+from megagpt.data.indexed import IndexedDataset
+from megagpt.data.manifest import Manifest
+from megagpt.errors import UsageError, UserError
+from megagpt.tokenizer import load_tokenizer
+from tests.unit.corpus.texts import document, edited, jaccard, write_jsonl
+
+EOD = load_tokenizer("bytes").eod_id
+
+
+class InlinePool:
+    """Does the work where it stands."""
+
+    workers = 1
+
+    def submit(self, function: Callable[..., Receipt], *arguments: Any) -> "Future[Receipt]":
+        future: Future[Receipt] = Future()
+        future.set_result(function(*arguments))
+        return future
+
+    def check(self) -> None: ...
+
+    def dead_workers(self) -> dict[int, int]:
+        return {}
+
+
+def run(folder: Path, name: str = "out", overwrite: bool = False, **options: Any) -> Report:
+    """Preprocess `folder`/in into `folder`/name."""
+    settings = {"tokenizer": "bytes", "input": [str(folder / "in")], "output": str(folder / name), **options}
+    return preprocess(CorpusConfig.model_validate(settings), InlinePool(), overwrite=overwrite)
+
+
+def texts_of(folder: Path, split: str = "train") -> list[str]:
+    """The documents of a dataset, decoded by hand."""
+    dataset = IndexedDataset(folder / split)
+    documents = [dataset.document(i).tolist() for i in range(dataset.num_documents)]
+    assert all(ids[-1] == EOD and EOD not in ids[:-1] for ids in documents)
+    return [bytes(ids[:-1]).decode() for ids in documents]
+
+
+def removed_of(folder: Path) -> list[dict[str, Any]]:
+    with open(folder / "removed.jsonl.zst", "rb") as file:
+        content = zstandard.ZstdDecompressor().stream_reader(file)
+        return [json.loads(line) for line in io.TextIOWrapper(content, encoding="utf-8")]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files but the report, which tells times."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "report.html"}
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """Three files of distinct documents, some bad lines, some copies and a folder of code."""
+    rng = random.Random(5)
+    texts = [document(rng, rng.randrange(1, 80)).strip() for _ in range(120)]
+    write_jsonl(tmp_path / "in/a.jsonl", texts[:60])
+    write_jsonl(tmp_path / "in/b.jsonl", [*texts[60:], texts[0], "  ".join(texts[61].split(" "))])
+    with open(tmp_path / "in/b.jsonl", "a") as file:
+        file.write('broken\n{"text": 1}\n')
+    (tmp_path / "in/code").mkdir()
+    (tmp_path / "in/code/x.py").write_text("def f():\n    return '<|endoftext|>'\n")
+    (tmp_path / "in/code/empty.py").write_text("")
+    (tmp_path / "in/code/x.pyc").write_bytes(b"\0\1\2")
+    return tmp_path
+
+
+def test_without_deduplication_and_shuffle_every_document_comes_out_in_the_order_of_the_input(corpus: Path) -> None:
+    run(corpus, dedup={"method": "none"}, shuffle=False, validation_fraction=0, max_bad=0.1)
+    lines = [json.loads(line) for name in "ab" for line in (corpus / f"in/{name}.jsonl").read_text().splitlines()[:62]]
+    expected = [line["text"] for line in lines] + ["def f():\n    return '<|endoftext|>'"]
+    assert texts_of(corpus / "out") == expected
+
+
+def test_a_shuffle_keeps_every_document_and_depends_on_the_seed_alone(corpus: Path) -> None:
+    orders = []
+    for name, seed in (("one", 1), ("again", 1), ("two", 2)):
+        run(corpus, name, seed=seed, validation_fraction=0, max_bad=0.1)
+        orders.append(texts_of(corpus / name))
+    run(corpus, "plain", shuffle=False, validation_fraction=0, max_bad=0.1)
+    assert orders[0] == orders[1] != orders[2]
+    assert sorted(orders[0]) == sorted(orders[2]) == sorted(texts_of(corpus / "plain"))
+    assert orders[0] != texts_of(corpus / "plain")
+
+
+def test_the_splits_share_the_documents_and_both_are_shuffled_alike(corpus: Path) -> None:
+    report = run(corpus, validation_fraction=0.3, max_bad=0.1)
+    train, validation = texts_of(corpus / "out"), texts_of(corpus / "out", "validation")
+    run(corpus, "whole", validation_fraction=0, max_bad=0.1)
+    whole = texts_of(corpus / "whole")
+    assert not set(train) & set(validation)
+    assert sorted(train + validation) == sorted(whole)
+    assert train == [text for text in whole if text in set(train)]
+    assert {name: split.documents for name, split in report.splits.items()} == {
+        "train": len(train),
+        "validation": len(validation),
+    }
+
+
+@pytest.mark.parametrize("method", ["none", "exact", "minhash"])
+def test_the_bytes_do_not_depend_on_how_the_input_is_cut(corpus: Path, method: str) -> None:
+    options: dict[str, Any] = {"dedup": {"method": method}, "validation_fraction": 0.2, "max_bad": 0.1}
+    run(corpus, "whole", **options)
+    for chunk_mb in (0.0007, 0.004):
+        run(corpus, f"cut{chunk_mb}", execution={"chunk_mb": chunk_mb}, **options)
+        assert contents(corpus / f"cut{chunk_mb}") == contents(corpus / "whole")
+
+
+def test_copies_go_and_the_list_says_what_stays_in_their_stead(corpus: Path) -> None:
+    report = run(corpus, max_bad=0.1, dedup={"method": "exact"})
+    offset = (corpus / "in/b.jsonl").read_text().splitlines(keepends=True)
+    positions = [sum(map(len, offset[:line])) for line in (1, 60, 61)]
+    common = {"file": str(corpus / "in/b.jsonl"), "stage": "exact", "reason": "same text", "similarity": 1.0}
+    assert removed_of(corpus / "out") == [
+        {"id": f"1:{positions[1]}", "survivor": "0:0", **common},
+        {"id": f"1:{positions[2]}", "survivor": f"1:{positions[0]}", **common},
+    ]
+    assert report.counts["removed_exact"] == 2
+    assert dict(report.funnel)["documents out"] == report.counts["documents"] - 2
+
+
+def test_a_copy_of_a_near_duplicate_names_the_document_that_stays(tmp_path: Path) -> None:
+    rng = random.Random(1)
+    original = document(rng, 500)
+    near = edited(original, rng, 2)
+    write_jsonl(tmp_path / "in/a.jsonl", [original, near, document(rng, 500), near])
+    run(tmp_path)
+    first, second = removed_of(tmp_path / "out")
+    assert (first["stage"], second["stage"]) == ("near", "exact")
+    assert first["survivor"] == second["survivor"] == "0:0"
+    assert first["similarity"] == second["similarity"] < 1
+
+
+def test_planted_near_duplicates_are_found_and_nothing_else_is_removed(tmp_path: Path) -> None:
+    rng = random.Random(3)
+    originals = [document(rng, 300) for _ in range(200)]
+    planted = [edited(text, rng, rng.randrange(1, 12)) for text in originals[:150]]
+    texts = originals + planted
+    write_jsonl(tmp_path / "in/a.jsonl", texts)
+    run(tmp_path, dedup={"threshold": 0.8})
+    starts, position = {}, 0
+    for text, line in zip(texts, (tmp_path / "in/a.jsonl").read_bytes().splitlines(keepends=True), strict=True):
+        starts[f"0:{position}"] = text
+        position += len(line)
+    removed = {starts[record["id"]]: record for record in removed_of(tmp_path / "out")}
+    similarity = {copy: jaccard(copy, original) for copy, original in zip(planted, originals, strict=False)}
+    close = [copy for copy in planted if similarity[copy] >= 0.9]
+    assert len(close) > 20
+    assert sum(copy in removed for copy in close) >= 0.99 * len(close)
+    for text, record in removed.items():
+        exact = jaccard(text, starts[record["survivor"]])
+        assert exact >= 0.7
+        assert abs(record["similarity"] - exact) < 0.15
+
+
+def test_what_cannot_be_read_is_listed_with_file_line_and_byte_though_the_file_is_cut(corpus: Path) -> None:
+    report = run(corpus, max_bad=0.1, execution={"chunk_mb": 0.0005})
+    lines = (corpus / "in/b.jsonl").read_bytes().splitlines(keepends=True)
+    quarantined = [json.loads(line) for line in (corpus / "out/quarantine.jsonl").read_text().splitlines()]
+    assert [
+        (Path(record["file"]).name, record["line"], record["byte"], record["reason"]) for record in quarantined
+    ] == [
+        ("b.jsonl", 63, sum(map(len, lines[:62])), "malformed JSON"),
+        ("b.jsonl", 64, sum(map(len, lines[:63])), "wrong type"),
+        ("empty.py", None, 0, "empty"),
+        ("x.pyc", None, 0, "binary file"),
+    ]
+    assert (report.counts["bad"], report.counts["harmless"]) == (2, 2)
+
+
+def test_too_many_bad_documents_are_an_error_that_shows_the_first(corpus: Path) -> None:
+    with pytest.raises(
+        UserError, match=r"^2 of 125 documents cannot be read \(1\.6%, more than --max-bad 0\.01\)"
+    ) as caught:
+        run(corpus)
+    assert f"{corpus}/in/b.jsonl, line 63: malformed JSON (Expecting value at column 1)" in str(caught.value)
+    assert not (corpus / "out").exists()
+    report = run(corpus, max_bad=0.016)
+    assert next(stage for stage in report.stages if stage.name == "extract").reused > 0
+
+
+def test_a_document_that_cleaning_empties_is_removed_and_not_an_error(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "in/a.jsonl", ["good", "\x07\x08"])
+    report = run(tmp_path)
+    assert removed_of(tmp_path / "out")[0] == {
+        "id": f"0:{len(json.dumps({'id': 0, 'text': 'good'})) + 1}",
+        "file": str(tmp_path / "in/a.jsonl"),
+        "stage": "clean",
+        "reason": "empty after cleaning",
+        "survivor": None,
+        "similarity": None,
+    }
+    assert report.counts["removed_clean"] == 1
+
+
+def test_without_cleaning_texts_stay_byte_for_byte(tmp_path: Path) -> None:
+    text = " \r\n spaces \t \x07 cafÃ© e\u0301\n\n\n\n\n"
+    write_jsonl(tmp_path / "in/a.jsonl", [text])
+    run(tmp_path, clean={"enabled": False})
+    assert texts_of(tmp_path / "out") == [text]
+
+
+def test_the_manifest_describes_the_folder_and_tells_nothing_of_how_it_was_made(corpus: Path) -> None:
+    report = run(corpus, max_bad=0.1, execution={"chunk_mb": 0.001, "workers": 2})
+    manifest = Manifest.load(corpus / "out")
+    assert manifest is not None
+    assert manifest.splits == report.splits
+    assert manifest.tokenizer.eod_id == EOD
+    assert set(manifest.checksums) == set(contents(corpus / "out")) - {"manifest.json"}
+    assert manifest.counts == report.counts
+    assert not {"execution", "output", "max_bad"} & set(manifest.config)
+    assert set(manifest.versions) >= {"megagpt", "ftfy", "tiktoken", "datasketch", "unicode"}
+
+
+def test_an_own_tokenizer_is_copied_into_the_dataset(corpus: Path) -> None:
+    import base64
+
+    path = corpus / "own.tiktoken"
+    ranks = [bytes([i]) for i in range(256)] + [b"al", b"bor"]
+    path.write_text("".join(f"{base64.b64encode(token).decode()} {rank}\n" for rank, token in enumerate(ranks)))
+    run(corpus, tokenizer=str(path), max_bad=0.1)
+    manifest = Manifest.load(corpus / "out")
+    assert manifest is not None
+    assert manifest.tokenizer.file is not None
+    assert (corpus / "out" / manifest.tokenizer.file).read_bytes() == path.read_bytes()
+    copy = load_tokenizer(corpus / "out" / manifest.tokenizer.file)
+    assert copy.vocab_sha256 == manifest.tokenizer.vocab_sha256
+    dataset = IndexedDataset(corpus / "out/train")
+    assert copy.decode(dataset.document(0)[:-1]) in {*texts_in(corpus / "in/a.jsonl"), *texts_in(corpus / "in/b.jsonl")}
+
+
+def texts_in(path: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in path.read_text().splitlines()[:60]]
+
+
+def test_the_report_is_one_file_with_the_numbers(corpus: Path) -> None:
+    report = run(corpus, max_bad=0.1)
+    page = (corpus / "out/report.html").read_text()
+    assert f"{report.tokens:,} tokens" in page
+    assert "malformed JSON" in page
+    assert not any(word in page for word in ("http", "<script", "src="))
+
+
+# The output folder
+
+
+def test_a_finished_dataset_of_the_same_plan_is_left_alone(corpus: Path) -> None:
+    first = run(corpus, max_bad=0.1)
+    before = {path: path.stat().st_mtime_ns for path in (corpus / "out").iterdir()}
+    again = run(corpus, max_bad=0.1)
+    assert again.was_finished
+    assert not first.was_finished
+    assert (again.counts, again.splits) == (first.counts, first.splits)
+    assert {path: path.stat().st_mtime_ns for path in (corpus / "out").iterdir()} == before
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"clean": {"enabled": False}}, {"dedup": {"threshold": 0.7}}, "input"])
+def test_another_plan_never_meets_old_output_or_old_work(corpus: Path, change: Any) -> None:
+    options: dict[str, Any] = {"max_bad": 0.1}
+    run(corpus, **options)
+    if change == "input":
+        (corpus / "in/a.jsonl").write_text('{"text": "changed"}\n')
+    else:
+        options |= change
+    with pytest.raises(UserError, match=r"out: exists, made from other input or with other options; .*--overwrite"):
+        run(corpus, **options)
+    report = run(corpus, overwrite=True, **options)
+    assert not any(stage.reused for stage in report.stages)
+    run(corpus, "fresh", **options)
+    assert contents(corpus / "out") == contents(corpus / "fresh")
+    assert sorted(path.name for path in corpus.iterdir()) == ["fresh", "in", "out"]
+
+
+def test_a_dataset_that_lost_a_file_is_not_taken_for_finished(corpus: Path) -> None:
+    run(corpus, max_bad=0.1)
+    (corpus / "out/train.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"train\.bin: not as the manifest beside it says"):
+        run(corpus, max_bad=0.1)
+
+
+def test_a_folder_that_is_no_dataset_is_never_replaced(corpus: Path) -> None:
+    (corpus / "out").mkdir()
+    (corpus / "out/thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="is not a token dataset; choose another"):
+        run(corpus, max_bad=0.1, overwrite=True)
+    assert (corpus / "out/thesis.txt").read_text() == "years of work"
+
+
+def test_output_or_work_within_the_input_is_refused(corpus: Path) -> None:
+    with pytest.raises(UsageError, match=r"--output .* lies in the input folder"):
+        run(corpus, "in/out")
+    with pytest.raises(UsageError, match=r"--work-dir .* lies in the input folder"):
+        run(corpus, execution={"work_dir": str(corpus / "in/work")})
+
+
+def test_input_without_a_usable_document_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/empty.txt").write_text("")
+    with pytest.raises(UserError, match="none of 0 documents is left to write; check the input and --text-key"):
+        run(tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_failure_while_writing_leaves_no_output_and_the_next_run_goes_on(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device", "train.bin")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("megagpt.corpus.pipeline.write_removed", fail)
+        with pytest.raises(UserError, match=r"train\.bin: No space left on device"):
+            run(corpus, max_bad=0.1)
+    assert not (corpus / "out").exists()
+    report = run(corpus, max_bad=0.1)
+    assert all(stage.reused == stage.tasks for stage in report.stages if stage.name != "write")
+    assert sorted(path.name for path in corpus.iterdir()) == ["in", "out"]
