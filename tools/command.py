@@ -28,6 +28,8 @@ def run_command(app: typer.Typer, prog_name: str) -> NoReturn:
     try:
         result = app(prog_name=prog_name, standalone_mode=False)
         code = result if isinstance(result, int) else 0
+        if code == 130:  # what newer typers make of an interrupt
+            fail("interrupted", code)
     except UserError as error:
         code = fail(str(error), error.exit_code)
     except _USAGE_ERROR as error:

@@ -65,7 +65,8 @@ def _expectation(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     section = nested_section(annotation)
     if origin is list:
         least = next((item.min_length for item in metadata if isinstance(item, annotated_types.MinLen)), 0)
-        entries = f"{{{', '.join(section.model_fields)}}}" if section else join_choices(choices(arguments[0]))
+        values = join_choices(choices(arguments[0])) if choices(arguments[0]) else _expectation(arguments[0])
+        entries = f"{{{', '.join(section.model_fields)}}}" if section else values
         return f"a list of {entries}" + (f", at least {least}" if least else "")
     if origin is tuple:
         return f"a list of {len(arguments)}, each {_expectation(arguments[0])}"
