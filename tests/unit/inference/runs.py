@@ -1,0 +1,48 @@
+"""A run folder as training leaves it at ZeRO stage 0, with a tiny model and the bytes tokenizer."""
+
+from pathlib import Path
+
+import torch
+
+from megagpt.config import ModelConfig, RunConfig, save_config
+from megagpt.data.manifest import TokenizerInfo
+from megagpt.model import GPT, initialize_weights
+from megagpt.tokenizer import load_tokenizer
+from megagpt.training.checkpoint import CheckpointManifest, checkpoint_name
+
+CONFIG = ModelConfig(vocab_size=260, num_layers=2, hidden_size=32, num_attention_heads=2, max_seq_len=48)
+
+
+def write_run(run_dir: Path, *steps: int, model: ModelConfig = CONFIG) -> GPT:
+    """Make `run_dir` with a checkpoint a step, each of other weights; returns the last one's model."""
+    run_dir.mkdir(parents=True)
+    save_config(RunConfig(model=model, data={"train": [{"path": "data"}]}), run_dir / "config.yaml")
+    tokenizer = load_tokenizer("bytes")
+    info = TokenizerInfo(
+        name="bytes",
+        vocab_sha256=tokenizer.vocab_sha256,
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod_id,
+    )
+    (run_dir / "tokenizer.json").write_text(info.model_dump_json())
+    gpt = GPT(model)
+    for step in steps:
+        initialize_weights(gpt, seed=step)
+        checkpoint = run_dir / "checkpoints" / checkpoint_name(step)
+        (checkpoint / "deepspeed").mkdir(parents=True)
+        torch.save({"module": gpt.state_dict()}, checkpoint / "deepspeed" / "mp_rank_00_model_states.pt")
+        manifest = CheckpointManifest(
+            step=step,
+            consumed_samples=step,
+            world_size=1,
+            zero_stage=0,
+            precision="fp32",
+            global_batch_size=1,
+            seed=0,
+            seq_len=48,
+            data_fingerprint="none",
+            model=model.model_dump(),
+        )
+        (checkpoint / "manifest.json").write_text(manifest.model_dump_json())
+        (run_dir / "checkpoints" / "latest").write_text(checkpoint.name + "\n")
+    return gpt.eval()
