@@ -21,12 +21,13 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import nn
 
 from megagpt.config.schema import RunConfig
 from megagpt.data.loader import Batch
 from megagpt.data.samples import IGNORE_INDEX
-from megagpt.errors import UserError
+from megagpt.errors import UsageError, UserError
 from megagpt.model.gpt import GPT, compile_blocks
 from megagpt.model.init import initialize_weights, parameter_kind
 from megagpt.training.optimizer import build_optimizer, parameter_groups
@@ -99,18 +100,17 @@ class Engine:
         self.device = device
         self.options = deepspeed_options(config, micro_batch_size, gradient_accumulation_steps, device)
         self.zero_stage = int(self.options["zero_optimization"]["stage"])
-        model = self._build_model()
-        groups = parameter_groups(model, config.optimizer, parameter_kind)
         try:
             with deepspeed_output_to_log():
-                self._engine, *_ = deepspeed.initialize(
-                    model=model, optimizer=build_optimizer(groups, config.optimizer), config=self.options
-                )
-        except ValueError as error:  # pydantic's ValidationError of DeepSpeed's own schema is one
-            if not config.deepspeed:
-                raise
-            raise UserError(
-                f"DeepSpeed refuses its options (section deepspeed): {' '.join(str(error).split())}"
+                model = self._build_model()
+                groups = parameter_groups(model, config.optimizer, parameter_kind)
+                optimizer = build_optimizer(groups, config.optimizer)
+                self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.options)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            key = ".".join(map(str, problem["loc"]))
+            raise UsageError(
+                f"section deepspeed: DeepSpeed refuses {key}={problem['input']!r}: {problem['msg']}"
             ) from error
         if config.train.compile:
             compile_blocks(self._engine.module)

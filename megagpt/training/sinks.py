@@ -1,7 +1,9 @@
 """Mirrors of metrics.jsonl for people: a line on the console, Weights & Biases, TensorBoard."""
 
 import importlib
+import netrc
 import socket
+import uuid
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -88,10 +90,12 @@ class WandbSink:
     def __init__(self, run_dir: Path, project: str, mode: str, config: dict[str, Any]) -> None:
         wandb = importlib.import_module("wandb")
         if mode == "auto":
-            mode = "online" if _answers(wandb.Api().settings["base_url"] if wandb.api.api_key else "") else "offline"
+            settings = wandb.setup().settings
+            account = settings.api_key or _in_netrc(settings.base_url)
+            mode = "online" if account and _answers(settings.base_url) else "offline"
         id_file = run_dir / "wandb_id"
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id(), encoding="utf-8")
+            id_file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
         try:
             self._run = wandb.init(
                 project=project,
@@ -110,6 +114,14 @@ class WandbSink:
 
     def close(self) -> None:
         self._run.finish()
+
+
+def _in_netrc(url: str) -> bool:
+    """Whether `wandb login` has left an account for the service."""
+    try:
+        return netrc.netrc().authenticators(urlsplit(url).hostname or "") is not None
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return False
 
 
 def _answers(url: str) -> bool:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from megagpt.config.schema import RunConfig
 from megagpt.data.indexed import IndexedDatasetWriter
-from megagpt.errors import AgreedError
+from megagpt.errors import UserError
 from megagpt.training.metrics import read_metrics
 from megagpt.training.run import train
 
@@ -72,6 +72,6 @@ def refusal(config: RunConfig) -> tuple[str, int]:
     """The message and exit code with which this process group refuses `config`."""
     try:
         train(config, torch.device("cpu"), Console(quiet=True))
-    except AgreedError as error:
+    except UserError as error:
         return str(error), error.exit_code
     return "trained", 0
