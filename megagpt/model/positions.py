@@ -36,9 +36,9 @@ def rotary_tables(positions: Tensor, head_dim: int, theta: float) -> Rotary:
 
 
 def apply_rotary(x: Tensor, rotary: Rotary) -> Tensor:
-    """Rotate queries or keys (batch, heads, seq, head_dim) by their positions' angles, in fp32; returns x's dtype."""
+    """Rotate queries or keys (batch, heads, seq, head_dim) by their angles, in the tables' fp32; returns x's dtype."""
     cos, sin = rotary
-    first, second = x.float().chunk(2, dim=-1)
+    first, second = x.chunk(2, dim=-1)
     rotated = torch.cat((-second, first), dim=-1)
     return (x * cos + rotated * sin).to(x.dtype)
 

@@ -76,7 +76,7 @@ def test_extreme_uniform_numbers_draw_possible_tokens(logits, uniform):
     assert (probabilities.gather(1, tokens[:, None]) > 0).all()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1e-300])
+@pytest.mark.parametrize("temperature", [0.0, 1e-310])
 def test_temperature_zero_and_its_neighbourhood_choose_the_likeliest_token(temperature):
     probabilities = Sampling(temperature).probabilities(LOGITS[None])
     assert probabilities.tolist() == [[0, 0, 1, 0, 0, 0, 0, 0]]
