@@ -40,7 +40,8 @@ def preprocess(
 
     Args:
         config: what to make of what.
-        pool: who does the work; None: `config.execution.workers` processes of this machine.
+        pool: who does the work; None: `config.execution.workers` processes of this machine, which import the calling
+            script anew, so that it needs the usual `if __name__ == "__main__":`.
         observe: called with the progress of the stages.
         overwrite: replace an existing dataset; otherwise one of the same plan is left as it is, another is an error.
 
@@ -52,11 +53,10 @@ def preprocess(
     tokenizer = load_tokenizer(config.tokenizer, config.execution.vocab_dir)
     _check_folders(config)
     plan = make_plan(config, tokenizer)
-    output = Path(config.output)
+    output, work_dir = Path(config.output), _work_dir(config)
     if not overwrite and (manifest := _finished(output, plan)):
         return Report(output, manifest.counts, manifest.splits, seconds=time.monotonic() - start)
     _check_replaceable(output, overwrite)
-    work_dir = Path(config.execution.work_dir or f"{output}.work")
     workers = min(config.execution.workers or len(os.sched_getaffinity(0)), len(plan.chunks))
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(open_workspace(work_dir / f"{plan.hash[:16]}-{plan.chunk_bytes}"))
@@ -193,14 +193,17 @@ class _Run:
         ).save(folder)
 
 
+def _work_dir(config: CorpusConfig) -> Path:
+    return Path(config.execution.work_dir or f"{Path(config.output)}.work")
+
+
 def _check_folders(config: CorpusConfig) -> None:
     """UsageError if the run would read what it writes."""
-    work_dir = config.execution.work_dir or f"{config.output}.work"
     for folder in map(Path, config.input):
         if not folder.is_dir():
             continue
-        for option, path in (("--output", config.output), ("--work-dir", work_dir)):
-            if Path(path).resolve().is_relative_to(folder.resolve()):
+        for option, path in (("--output", Path(config.output)), ("--work-dir", _work_dir(config))):
+            if path.resolve().is_relative_to(folder.resolve()):
                 raise UsageError(f"{option} {path}: lies in the input folder {folder}; choose one outside")
 
 
@@ -249,3 +252,6 @@ def _publishing(output: Path, plan: Plan) -> Iterator[Path]:
             shutil.rmtree(old)
     except OSError as error:
         raise UserError(f"output {output}: {error.filename or aside}: {error.strerror or error}") from error
+    finally:
+        if aside.exists():
+            shutil.rmtree(aside)

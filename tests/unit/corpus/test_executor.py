@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from megagpt.corpus.executor import LocalPool, Progress, run_stage
-from megagpt.corpus.workspace import Receipt, open_workspace, write_folder
+from megagpt.corpus.workspace import Receipt, open_workspace, read_receipt, write_folder
 from megagpt.errors import UserError
 
 
@@ -146,6 +146,15 @@ def test_a_folder_appears_only_when_its_writing_succeeded(tmp_path: Path) -> Non
     with pytest.raises(OSError, match="no"):
         write_folder(tmp_path / "a", fail)
     assert list(tmp_path.iterdir()) == []
+    write_folder(tmp_path / "a", SquareTask(3).run)
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == [
+        "a",
+        "a/receipt.json",
+        "a/square",
+    ]
+    receipt = read_receipt(tmp_path / "a")
+    assert receipt is not None
+    assert receipt["sum"] == 9
 
 
 def test_remains_of_killed_tasks_are_removed_and_results_stay(tmp_path: Path) -> None:
