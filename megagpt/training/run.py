@@ -66,7 +66,7 @@ def train(config: RunConfig, device: torch.device, console: Console) -> None:
 
     engine = together(lambda: Engine(config, micro_batch_size, accumulation_steps, device))
     if rank == 0 and config.deepspeed:
-        console.print(f"DeepSpeed options: {engine.options}", highlight=False, soft_wrap=True)
+        console.print(f"DeepSpeed options: {engine.options}")
     if checkpoint:
         engine.load(checkpoint)
     metrics = Metrics(
@@ -239,4 +239,4 @@ def _print_plan(
         f"machine  {device_name} a rank, {cut.precision}, ZeRO stage {config.parallel.zero_stage}",
     )
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line)

@@ -34,7 +34,7 @@ class ConsoleSink:
         self._progress.start()
 
     def write(self, record: Record) -> None:
-        self._console.print(describe(record, self._total), highlight=False, soft_wrap=True)
+        self._console.print(describe(record, self._total))
         if record["kind"] == "train":
             eta = f"{duration(record['eta_seconds'])} left"
             self._progress.update(self._task, completed=record["step"], eta=eta)

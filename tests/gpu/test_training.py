@@ -1,0 +1,69 @@
+"""Training on a GPU: what gloo on CPUs cannot show. Every run goes through the launch command, as a user's does."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from megagpt.config import save_config
+from megagpt.training.metrics import read_metrics
+from tests.distributed.jobs import losses, tiny_config, write_dataset
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no NVIDIA GPU"),
+]
+
+
+def launched(config_file: Path, *overrides: str) -> list[dict]:
+    command = [sys.executable, "-m", "launch.train", str(config_file), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    run_dir = next(word.removeprefix("train.run_dir=") for word in overrides if word.startswith("train.run_dir="))
+    return list(read_metrics(Path(run_dir) / "metrics.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("gpu")
+    write_dataset(folder / "train", 20_000)
+    write_dataset(folder / "validation", 3_001, seed=1)
+    save_config(tiny_config(folder, folder / "run", train={"device": "cuda"}), folder / "config.yaml")
+    return folder / "config.yaml"
+
+
+@pytest.fixture(scope="module")
+def cpu_losses(config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    run_dir = tmp_path_factory.mktemp("cpu") / "run"
+    return losses(launched(config_file, "train.device=cpu", f"train.run_dir={run_dir}"))
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_losses_on_the_gpu_are_those_of_the_cpu(zero_stage, precision, config_file, cpu_losses, tmp_path):
+    settings = [f"train.precision={precision}", f"parallel.zero_stage={zero_stage}", "train.micro_batch_size=2"]
+    records = launched(config_file, *settings, f"train.run_dir={tmp_path / 'run'}")
+    if precision == "fp16":  # steps are skipped until the loss scale fits, so only the course can be compared
+        assert records[-1]["kind"] == "checkpoint"
+        assert min(losses(records)) < cpu_losses[0] - 0.5
+    else:
+        assert losses(records) == pytest.approx(cpu_losses, rel=1e-4 if precision == "fp32" else 0.01)
+
+
+def test_compiled_run_resumes_bit_identical_and_reports_its_use_of_the_gpu(config_file, tmp_path):
+    settings = ["train.precision=bf16", "train.compile=true", "model.dropout=0.1", "checkpoint.every=10"]
+    whole = launched(config_file, *settings, f"train.run_dir={tmp_path / 'whole'}")
+    cut = [*settings, "schedule.decay_steps=15", f"train.run_dir={tmp_path / 'cut'}"]
+    launched(config_file, *cut, "train.steps=10")
+    assert losses(launched(config_file, *cut)) == losses(whole)
+    last = [record for record in whole if record["kind"] == "train"][-1]
+    assert 0 < last["peak_memory_bytes"] < torch.cuda.get_device_properties(0).total_memory
+    assert last["mfu"] is None or 0 < last["mfu"] < 1
+
+
+def test_losses_with_offload_are_those_without(config_file, cpu_losses, tmp_path):
+    settings = ["parallel.zero_stage=3", "parallel.offload_optimizer=true", "parallel.offload_parameters=true"]
+    records = launched(config_file, *settings, f"train.run_dir={tmp_path / 'run'}")
+    assert losses(records) == pytest.approx(cpu_losses, rel=1e-4)
