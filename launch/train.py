@@ -51,7 +51,7 @@ def _run(config: RunConfig, place: ProcessEnvironment) -> None:
         from megagpt.training.run import train
 
         try:
-            train(config, device, Console(highlight=False, soft_wrap=True))
+            train(config, device, Console(highlight=False, markup=False, soft_wrap=True))
         except UserError:
             raise
         except BaseException:
