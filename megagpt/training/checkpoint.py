@@ -10,13 +10,11 @@ A checkpoint is written to a hidden folder, fsynced, listed in its manifest and 
 valid manifest does not count. The price: every byte is read once more for its checksum, by the rank that wrote it.
 """
 
-import io
 import logging
 import os
 import re
 import shutil
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from megagpt.data.atomic import fsync_path, replace_file
 from megagpt.data.manifest import FileChecksum
 from megagpt.errors import UserError
+from megagpt.training.weights import read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -152,16 +151,7 @@ def read_manifest(checkpoint: Path) -> CheckpointManifest:
 def load_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The model's fp32 master weights by parameter name, put together from the shards of all ranks, on the CPU."""
     manifest = read_manifest(checkpoint)
-    if manifest.zero_stage == 0:
-        state = torch.load(checkpoint / SHARDS / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
-        return {name: tensor.float() for name, tensor in state["module"].items()}
-    chatter = io.StringIO()  # DeepSpeed prints at import and draws a progress bar
-    with redirect_stdout(chatter), redirect_stderr(chatter):
-        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-        weights = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=SHARDS)
-    logger.info("%s", chatter.getvalue())
-    return dict(weights)
+    return read_weights(checkpoint / SHARDS, manifest.zero_stage, manifest.world_size)
 
 
 def _seal_own_files(folder: Path, rank: int) -> dict[str, FileChecksum]:
