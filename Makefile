@@ -1,5 +1,5 @@
 # Everything a user or developer starts by hand. `make help` lists it.
-# Needs Python 3.10-3.13 and a C compiler; everything else goes into .venv.
+# Needs Python 3.10-3.13 and a C++ compiler; everything else goes into .venv.
 
 PYTHON ?= python3
 VENV   := .venv

@@ -25,14 +25,12 @@ def joined(place: ProcessEnvironment, device: str, precision: str) -> Iterator["
     os.environ.update(place.variables())
     chosen = _choose_device(place, device, precision)
     os.environ["DS_ACCELERATOR"] = chosen.type
-    import deepspeed
     import torch.distributed as dist
 
-    from megagpt.training.engine import deepspeed_output_to_log
+    from megagpt.training.engine import init_process_group
 
     _send_to_log("DeepSpeed")
-    with deepspeed_output_to_log():
-        deepspeed.init_distributed("nccl" if chosen.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
+    init_process_group(chosen.type)
     try:
         yield chosen
     finally:

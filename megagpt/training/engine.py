@@ -12,6 +12,8 @@ What this module guarantees on top of DeepSpeed, at every ZeRO stage:
 
 import io
 import logging
+import shutil
+import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch._inductor.config
 import torch.distributed as dist
 from pydantic import ValidationError
 from torch import nn
@@ -113,7 +116,10 @@ class Engine:
                 f"section deepspeed: DeepSpeed refuses {key}={problem['input']!r}: {problem['msg']}"
             ) from error
         if config.train.compile:
-            compile_blocks(self._engine.module)
+            if missing := missing_for_compile():
+                logger.warning("training uncompiled, which is slower: torch.compile needs %s", missing)
+            else:
+                compile_blocks(self._engine.module)
 
     @property
     def module(self) -> nn.Module:
@@ -201,6 +207,28 @@ class Engine:
 
     def _to_device(self, batch: Batch) -> Batch:
         return batch.to(self.device, non_blocking=True)
+
+
+def missing_for_compile() -> str | None:
+    """What torch.compile lacks on this machine to build kernels, on CPU and GPU alike; None if nothing."""
+    compilers = [name for name in torch._inductor.config.cpp.cxx if name]
+    if not any(shutil.which(name) for name in compilers):
+        return f"a C++ compiler ({' or '.join(compilers)})"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return "Python's headers (Python.h; the package python3-dev on Debian and Ubuntu)"
+    return None
+
+
+def init_process_group(device_type: str) -> None:
+    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe; NCCL or gloo.
+
+    DeepSpeed would compile a shared-memory kernel for inference on CPUs, which nothing here calls: it costs half a
+    minute, a compiler, and a lock file that makes the next start wait for ever if the compilation was killed.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    with deepspeed_output_to_log():
+        backend = "nccl" if device_type == "cuda" else "gloo"
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
 
 
 @contextmanager

@@ -79,11 +79,12 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
         MASTER_PORT=str(port),
         DS_ACCELERATOR="cpu",
     )
-    import deepspeed
     import torch
 
+    from megagpt.training.engine import init_process_group
+
     torch.set_num_threads(1)
-    deepspeed.init_distributed("gloo", auto_mpi_discovery=False, verbose=False)
+    init_process_group("cpu")
     while True:
         try:
             function, arguments = pipe.recv()

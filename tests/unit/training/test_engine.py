@@ -6,7 +6,7 @@ import torch
 from megagpt.config.schema import RunConfig
 from megagpt.model.gpt import GPT
 from megagpt.model.init import parameter_kind
-from megagpt.training.engine import deepspeed_options
+from megagpt.training.engine import deepspeed_options, missing_for_compile
 from megagpt.training.optimizer import parameter_groups
 
 CPU = torch.device("cpu")
@@ -46,6 +46,14 @@ def test_offload_goes_to_host_memory_and_needs_no_compiled_optimizer():
     assert options["zero_optimization"]["offload_optimizer"]["device"] == "cpu"
     assert options["zero_optimization"]["offload_param"]["device"] == "cpu"
     assert options["zero_force_ds_cpu_optimizer"] is False
+
+
+def test_a_machine_that_cannot_build_kernels_is_told_what_it_lacks(monkeypatch, tmp_path):
+    assert missing_for_compile() is None  # the tests' own machine can
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    assert "Python.h" in missing_for_compile()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "C++ compiler" in missing_for_compile()
 
 
 @pytest.mark.parametrize("kinds", [[], ["norm", "bias"], ["norm", "bias", "embedding"]])
