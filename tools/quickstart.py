@@ -37,7 +37,7 @@ console = Console(highlight=False, soft_wrap=True)
 def main(
     data: Annotated[Path, typer.Option(help="Folder for the corpus and the token dataset.")] = DATA,
     run_dir: Annotated[Path, typer.Option(help="Folder of the run.")] = RUN_DIR,
-    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 300,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps.")] = 600,
 ) -> None:
     """Build a corpus from this machine's Python, train a tokenizer and a small GPT on it, and sample from it.
 
