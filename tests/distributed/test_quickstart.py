@@ -21,10 +21,11 @@ def quickstart(folder: Path) -> subprocess.CompletedProcess[str]:
         "--run-dir",
         str(folder / "run"),
     ]
-    return subprocess.run([*command, "--steps", "100"], capture_output=True, text=True, timeout=280, check=False)
+    return subprocess.run([*command, "--steps", "100"], capture_output=True, text=True, timeout=400, check=False)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_quickstart_beats_a_unigram_model_and_does_nothing_twice(tmp_path):
     done = quickstart(tmp_path)
     assert done.returncode == 0, done.stderr
