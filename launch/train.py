@@ -54,7 +54,7 @@ def _run(config: RunConfig, place: ProcessEnvironment) -> None:
             train(config, device, Console(highlight=False, markup=False, soft_wrap=True))
         except UserError:
             raise
-        except BaseException:
+        except Exception:  # Python prints the traceback; the log keeps it
             logging.getLogger("megagpt").exception("rank %d of %d failed", place.rank, place.world_size)
             raise
 
@@ -74,7 +74,7 @@ def _log_to_file(folder: Path, place: ProcessEnvironment) -> None:
         stderr = logging.StreamHandler()
         stderr.setLevel(logging.WARNING)
         stderr.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-        stderr.addFilter(logging.Filter("megagpt"))
+        stderr.addFilter(lambda record: record.name.startswith("megagpt") and not record.exc_info)
         root.addHandler(stderr)
 
 
