@@ -4,7 +4,7 @@ import logging
 import socket
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,11 @@ from megagpt.config import load_config
 from megagpt.config.schema import RunConfig
 from megagpt.errors import AgreedError, UserError
 from tools.command import fail, run_command, single_command
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger("megagpt.launch")
 
 PROGRAM = "python -m launch.train"
 
@@ -38,25 +43,36 @@ def main(
     """
     place = discover()
     try:
-        _run(load_config(config, overrides or []), place)
+        run_config = load_config(config, overrides or [])
+        _log_to_file(Path(run_config.train.run_dir) / "logs", place)
+        with joined(place, run_config.train.device, run_config.train.precision) as device:
+            sys.exit(_train(run_config, place, device))
     except UserError as error:
-        sys.exit(_report(error, place))
+        # Found before the ranks have met, so most likely by all of them: once a node is enough.
+        sys.exit(fail(_from(place) + str(error), error.exit_code) if place.local_rank == 0 else error.exit_code)
 
 
-def _run(config: RunConfig, place: ProcessEnvironment) -> None:
-    _log_to_file(Path(config.train.run_dir) / "logs", place)
-    with joined(place, config.train.device, config.train.precision) as device:
-        from rich.console import Console
+def _train(config: RunConfig, place: ProcessEnvironment, device: "torch.device") -> int:
+    """Train and return the exit code. What all ranks agreed on is told by rank 0, what one found alone by that one."""
+    from rich.console import Console
 
-        from megagpt.training.run import train
+    from megagpt.training.run import train
 
-        try:
-            train(config, device, Console(highlight=False, markup=False, soft_wrap=True))
-        except UserError:
-            raise
-        except Exception:  # Python prints the traceback; the log keeps it
-            logging.getLogger("megagpt").exception("rank %d of %d failed", place.rank, place.world_size)
-            raise
+    try:
+        train(config, device, Console(highlight=False, markup=False, soft_wrap=True))
+    except AgreedError as error:
+        return fail(str(error), error.exit_code) if place.rank == 0 else error.exit_code
+    except UserError as error:
+        logger.error("%s", error)
+        return fail(_from(place) + str(error), error.exit_code)
+    except Exception:  # Python prints the traceback; the log keeps it
+        logger.exception("rank %d of %d failed", place.rank, place.world_size)
+        raise
+    return 0
+
+
+def _from(place: ProcessEnvironment) -> str:
+    return f"[rank {place.rank} on {socket.gethostname()}] " if place.rank else ""
 
 
 def _log_to_file(folder: Path, place: ProcessEnvironment) -> None:
@@ -74,17 +90,8 @@ def _log_to_file(folder: Path, place: ProcessEnvironment) -> None:
         stderr = logging.StreamHandler()
         stderr.setLevel(logging.WARNING)
         stderr.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
-        stderr.addFilter(lambda record: record.name.startswith("megagpt") and not record.exc_info)
+        stderr.addFilter(lambda record: record.name.startswith("megagpt") and record.levelno == logging.WARNING)
         root.addHandler(stderr)
-
-
-def _report(error: UserError, place: ProcessEnvironment) -> int:
-    """Print the error where it helps: what all ranks agreed on once, what each found alone once a node."""
-    if place.rank == 0:
-        return fail(str(error), error.exit_code)
-    if not isinstance(error, AgreedError) and place.local_rank == 0:
-        return fail(f"[rank {place.rank} on {socket.gethostname()}] {error}", error.exit_code)
-    return error.exit_code
 
 
 if __name__ == "__main__":
