@@ -25,6 +25,7 @@ setup(
         "jinja2>=3.1",
         "matplotlib>=3.8",
         "numpy>=1.26",
+        "pyarrow>=21",
         "pydantic>=2.9",
         "PyYAML>=6",
         "rich>=13",
@@ -39,6 +40,7 @@ setup(
     ],
     extras_require={
         "gpu": ["ninja"],  # DeepSpeed compiles its operators at first use
+        "web": ["fastwarc>=2.0.1", "resiliparse>=2.0.1"],
         "mpi": ["mpi4py>=4.1", "mpich>=5"],  # PyPI's mpich brings mpiexec without a system package
         "export": ["transformers>=4.45", "safetensors>=0.4"],
         "dev": [

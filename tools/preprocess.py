@@ -1,4 +1,4 @@
-"""Make a token dataset from text files: read, clean, deduplicate, tokenize, shuffle, split.
+"""Make a token dataset from text, in files of many kinds: read, clean, deduplicate, tokenize, shuffle, split.
 
 What it does lives in megagpt.corpus; here are the flags, the display and the start under MPI.
 """
@@ -75,10 +75,16 @@ def preprocess_command(
     seed: Annotated[int | None, typer.Option(help="Of shuffle and split. [default: 0]")] = None,
     work_dir: Annotated[str | None, typer.Option(help="Intermediate files. [default: OUTPUT.work]")] = None,
     max_bad: Annotated[float | None, typer.Option(help="Share of unreadable documents. [default: 0.01]")] = None,
-    text_key: Annotated[str | None, typer.Option(help="Key of the text in .jsonl files. [default: text]")] = None,
+    text_key: Annotated[
+        str | None, typer.Option(help="Key or column of the text in .jsonl, Parquet, Arrow. [default: text]")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing dataset.")] = False,
 ) -> None:
-    """Turn text (.jsonl, or files that are one document each; .gz and .zst of both) into a token dataset.
+    """Turn text into a token dataset.
+
+    Reads, by their names: .jsonl; .parquet, .arrow, .feather and folders that datasets saved; the main text of .html
+    and of the pages of .warc; the texts of .wet; any other file as one document. All but the columnar ones may be
+    compressed (.gz, .zst, .bz2, .xz). HTML and WARC need the web extra: pip install 'megagpt[web]'.
 
     An interrupted run goes on where it stopped when the same command is given again.
 

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from megagpt.corpus.reading import HARMLESS, BadRecord, ReadCount, read_piece
+from megagpt.corpus.reading import read_piece
+from megagpt.corpus.records import HARMLESS, BadRecord, ReadCount
 from megagpt.corpus.sources import Piece, SourceFile, find_files
 from megagpt.errors import UsageError, UserError
 from megagpt.tokenizer import load_tokenizer
@@ -31,11 +32,11 @@ def main(
     sample_megabytes: Annotated[
         float, typer.Option(min=0.001, help="Most text to train on, in MB, taken evenly from all over the input.")
     ] = 100,
-    text_key: Annotated[str, typer.Option(help="Key of the text in the objects of .jsonl files.")] = "text",
+    text_key: Annotated[str, typer.Option(help="Key or column of the text in .jsonl, Parquet, Arrow.")] = "text",
 ) -> None:
     """Train a byte-level BPE with GPT-2's split pattern; the same input gives the same file.
 
-    Reads what tools.preprocess reads: .jsonl, plain text, .gz and .zst of these.
+    Reads what tools.preprocess reads: .jsonl, Parquet, Arrow, HTML, WARC and WET, plain text; see its --help.
 
     Example: python -m tools.train_tokenizer --input 'corpus/*.jsonl' --vocab-size 8192 --output data/bpe.tiktoken
     """
@@ -95,7 +96,7 @@ class Sample:
                     yield record.text
                 elif record.reason not in HARMLESS:
                     self._bad += 1
-                    where = f"{piece.file.name}, byte {record.position}"
+                    where = f"{piece.file.name}, {'row' if piece.file.is_columnar else 'byte'} {record.position}"
                     self._first_bad = self._first_bad or f"{where}: {record.reason} ({record.detail})"
         except OSError as error:
             raise UserError(f"{piece.file.name}: cannot be read: {error.strerror}") from error

@@ -1,32 +1,65 @@
 """Compressed files as streams of their content, with an error where the content is cut short or damaged."""
 
+import bz2
 import gzip
 import io
+import lzma
 import zlib
-from typing import IO, Any
+from collections.abc import Callable
+from typing import IO, Any, Protocol
 
 import zstandard
 
-DAMAGED_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile, zstandard.ZstdError)
+from megagpt.corpus.sources import Compression
+
+DAMAGED_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, zstandard.ZstdError)
 """What reading a damaged stream raises, after all that precedes the damage was read."""
 
 
-def decompressed(raw: IO[bytes], compression: str) -> IO[bytes]:
-    """The content of `raw`, which is compressed by "gzip", "zstd" or "none"."""
-    if compression == "gzip":
-        return io.BufferedReader(gzip.GzipFile(fileobj=raw))
-    if compression == "zstd":
-        return io.BufferedReader(_ZstdReader(raw))
-    return raw
+class _Decompressor(Protocol):
+    """Of one frame, as the standard library's modules and zstandard have it."""
+
+    @property
+    def eof(self) -> bool:
+        """Whether the frame is complete."""
+
+    @property
+    def unused_data(self) -> bytes:
+        """What follows it, of the data given."""
+
+    def decompress(self, data: bytes, /) -> bytes:
+        """The content that `data` adds."""
 
 
-class _ZstdReader(io.RawIOBase):
-    """The content of all frames of a .zst file; EOFError if the last is cut short, which zstandard's reader hides."""
+def decompressed(raw: IO[bytes], compression: Compression) -> IO[bytes]:
+    """The content of `raw`, all its frames, one after another."""
+    match compression:
+        case "none":
+            return raw
+        case "gzip":
+            return io.BufferedReader(gzip.GzipFile(fileobj=raw))
+        case "zstd":
+            return io.BufferedReader(_FrameReader(raw, _zstd_decompressor))
+        case "bzip2":
+            return io.BufferedReader(_FrameReader(raw, bz2.BZ2Decompressor))
+        case "xz":
+            return io.BufferedReader(_FrameReader(raw, lzma.LZMADecompressor))
 
-    def __init__(self, raw: IO[bytes]) -> None:
+
+def _zstd_decompressor() -> _Decompressor:
+    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+
+
+class _FrameReader(io.RawIOBase):
+    """The content of all frames of a file; EOFError if the last is cut short.
+
+    The libraries' own readers hide that (zstandard), or take damage after the first frame for its end (bz2, lzma).
+    """
+
+    def __init__(self, raw: IO[bytes], new_decompressor: Callable[[], _Decompressor]) -> None:
         self._raw = raw
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-        self._frame = self._decompressor.decompressobj()
+        self._new_decompressor = new_decompressor
+        self._frame = new_decompressor()
         self._is_inside = False
         self._content = memoryview(b"")
 
@@ -37,12 +70,21 @@ class _ZstdReader(io.RawIOBase):
         while not self._content:
             block = self._frame.unused_data or self._raw.read(1 << 14)
             if self._frame.eof:
-                self._frame, self._is_inside = self._decompressor.decompressobj(), False
+                self._frame, self._is_inside = self._new_decompressor(), False
             if not block:
                 if self._is_inside:
                     raise EOFError("the file ends inside a compressed frame")
                 return 0
-            self._content, self._is_inside = memoryview(self._frame.decompress(block)), True
+            if not self._is_inside:
+                block = block.lstrip(b"\0")  # padding between frames, as xz allows
+            if block:
+                self._content, self._is_inside = memoryview(self._decompress(block)), True
         size = min(len(buffer), len(self._content))
         buffer[:size], self._content = self._content[:size], self._content[size:]
         return size
+
+    def _decompress(self, block: bytes) -> bytes:
+        try:
+            return self._frame.decompress(block)
+        except OSError as error:  # bz2's word for damage
+            raise EOFError(str(error)) from None

@@ -65,7 +65,7 @@ class CorpusConfig(Section):
     output: str
     """Folder of the token dataset; appears when it is complete."""
     text_key: str = "text"
-    """Key that holds the text in each line of a .jsonl file."""
+    """Key that holds the text in each line of a .jsonl file; column that holds it in Parquet and Arrow files."""
     tokenizer: str = "gpt2"
     """Name of a tiktoken encoding, `bytes`, or the file of an own trained tokenizer."""
     clean: CleanConfig = CleanConfig()

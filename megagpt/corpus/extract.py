@@ -21,7 +21,8 @@ from megagpt.corpus.config import CleanConfig, DedupConfig
 from megagpt.corpus.hashing import collapse_whitespace, shingle_hashes, text_hash
 from megagpt.corpus.minhash import signature
 from megagpt.corpus.plan import Chunk
-from megagpt.corpus.reading import HARMLESS, BadRecord, Document, ReadCount, read_piece
+from megagpt.corpus.reading import read_piece
+from megagpt.corpus.records import HARMLESS, BadRecord, Document, ReadCount
 from megagpt.corpus.workspace import Receipt, map_array
 
 DOCUMENT = np.dtype(
@@ -70,7 +71,7 @@ class ExtractTask:
                     try:
                         text, row, values = self._process(record, piece.file_index)
                     except Exception as error:
-                        raise RuntimeError(f"{piece.file.name}, document at byte {record.position}") from error
+                        raise RuntimeError(f"{piece.file.name}, document at position {record.position}") from error
                     texts.write(text)
                     documents.write(row)
                     signatures.write(values)
@@ -78,7 +79,7 @@ class ExtractTask:
                     receipt["emptied"] += not text
                     receipt["text_bytes"] += len(text)
                 receipt["bytes"] += count.bytes
-                if piece.file.is_jsonl:
+                if piece.file.kind == "jsonl":
                     lines[piece.file_index] = count.lines
         (folder / "lines.json").write_text(json.dumps(lines))
         return receipt

@@ -8,13 +8,13 @@ import hashlib
 import importlib.metadata
 import json
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 import megagpt
 from megagpt.corpus.config import CorpusConfig
-from megagpt.corpus.sources import Piece, SourceFile, find_files
+from megagpt.corpus.sources import LIBRARIES_OF_KIND, Kind, Piece, SourceFile, find_files
 from megagpt.tokenizer import Tokenizer
 
 _LIBRARIES = ("datasketch", "ftfy", "numpy", "scipy", "tiktoken", "xxhash", "zstandard")
@@ -55,7 +55,7 @@ def make_plan(config: CorpusConfig, tokenizer: Tokenizer) -> Plan:
     """
     files = find_files(config.input)
     settings = config.model_dump(mode="json", exclude={"output", "max_bad", "execution"})
-    versions = library_versions()
+    versions = library_versions({file.kind for file in files})
     identity = {
         "config": settings,
         "files": [[file.name, file.size, file.mtime_ns, file.found_in_folder] for file in files],
@@ -67,9 +67,10 @@ def make_plan(config: CorpusConfig, tokenizer: Tokenizer) -> Plan:
     return Plan(files, cut_into_chunks(files, chunk_bytes), chunk_bytes, settings, versions, digest)
 
 
-def library_versions() -> dict[str, str]:
-    """Versions of all that a result depends on."""
-    versions = {name: importlib.metadata.version(name) for name in _LIBRARIES}
+def library_versions(kinds: Set[Kind]) -> dict[str, str]:
+    """Versions of all that a result depends on, the input having files of these kinds."""
+    names = sorted({*_LIBRARIES, *(name for kind in kinds for name in LIBRARIES_OF_KIND.get(kind, ()))})
+    versions = {name: importlib.metadata.version(name) for name in names}
     return {"megagpt": megagpt.__version__, "unicode": unicodedata.unidata_version, **versions}
 
 

@@ -1,7 +1,7 @@
 """The list of records that could not be read as documents: quarantine.jsonl, one line each, in the order of input.
 
-A line has file, line (from 1; null for a file that is one document), byte (offset in the uncompressed file), reason
-and detail.
+An entry has file, line (from 1), byte (offset in the uncompressed file) or row (from 0, of a columnar file), reason and
+detail; what does not apply is null.
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megagpt.corpus.reading import HARMLESS
+from megagpt.corpus.records import HARMLESS
 from megagpt.corpus.sources import SourceFile
 from megagpt.errors import UserError
 
@@ -32,7 +32,7 @@ def check_bad_ratio(path: Path, reasons: dict[str, int], documents: int, max_bad
         return
     with open(path, encoding="utf-8") as file:
         first = next(record for record in map(json.loads, file) if record["reason"] not in HARMLESS)
-    place = f"line {first['line']}" if first["line"] else f"byte {first['byte']}"
+    place = next(f"{unit} {first[unit]}" for unit in ("line", "row", "byte") if first[unit] is not None)
     raise UserError(
         f"{bad:,} of {documents + bad:,} documents cannot be read ({bad / (documents + bad):.1%}, more than --max-bad "
         f"{max_bad}); the first: {first['file']}, {place}: {first['reason']} ({first['detail']}); all of them: {path}; "
@@ -45,11 +45,13 @@ def _records(chunks: Sequence[Path], files: Sequence[SourceFile]) -> Iterator[di
     for chunk in chunks:
         with open(chunk / "bad.jsonl", encoding="utf-8") as bad:
             for record in map(json.loads, bad):
-                index, line = record["file"], record["line"]
+                index, line, position = record["file"], record["line"], record["position"]
+                is_columnar = files[index].is_columnar
                 yield {
                     "file": files[index].name,
                     "line": None if line is None else line + lines_before[index],
-                    "byte": record["position"],
+                    "byte": None if is_columnar else position,
+                    "row": position if is_columnar else None,
                     "reason": record["reason"],
                     "detail": record["detail"],
                 }

@@ -1,7 +1,8 @@
 """The list of documents that were removed: removed.jsonl.zst, one line each, in the order of ids.
 
-A line has id ("file index:byte offset", the index being that in the sorted input), file, stage and reason, and, for
-duplicates, survivor (the id of the document that stays in its stead) and similarity (estimated, 0 to 1).
+A line has id ("file index:position", the index being that in the sorted input, the position a byte offset or, in a
+columnar file, a row), file, stage and reason, and, for duplicates, survivor (the id of the document that stays in its
+stead) and similarity (estimated, 0 to 1).
 """
 
 import io

@@ -1,6 +1,8 @@
 """The input of a corpus: the files that files, folders and patterns lead to, and the pieces that they are read in."""
 
 import glob
+import importlib.util
+import json
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -9,6 +11,20 @@ from pathlib import Path
 from typing import Literal, NoReturn
 
 from megagpt.errors import UserError
+
+Compression = Literal["none", "gzip", "zstd", "bzip2", "xz"]
+Kind = Literal["text", "jsonl", "html", "warc", "parquet", "arrow"]
+
+_COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
+_KINDS: dict[str, Kind] = {
+    **dict.fromkeys((".jsonl", ".ndjson"), "jsonl"),
+    **dict.fromkeys((".html", ".htm", ".xhtml"), "html"),
+    **dict.fromkeys((".warc", ".wet", ".wat"), "warc"),
+    ".parquet": "parquet",
+    **dict.fromkeys((".arrow", ".feather"), "arrow"),
+}
+LIBRARIES_OF_KIND: dict[Kind, tuple[str, ...]] = {"html": ("resiliparse",), "warc": ("fastwarc", "resiliparse")}
+"""What the extra `web` installs to read files of some kinds; it shapes their documents."""
 
 
 @dataclass(frozen=True)
@@ -25,21 +41,26 @@ class SourceFile:
     """Whether it was met by walking a folder, and not named by the user: then it may be binary."""
 
     @property
-    def compression(self) -> Literal["none", "gzip", "zstd"]:
+    def compression(self) -> Compression:
         """How the file is compressed, by its name."""
-        return {".gz": "gzip", ".zst": "zstd"}.get(Path(self.name).suffix.lower(), "none")  # type: ignore[return-value]
+        return _COMPRESSIONS.get(Path(self.name).suffix.lower(), "none")
 
     @property
-    def is_jsonl(self) -> bool:
-        """Whether each line is a document."""
+    def kind(self) -> Kind:
+        """What the file holds, by its name: `jsonl` one document a line, `text` and `html` one document, ..."""
         path = Path(self.name)
         inner = path.name if self.compression == "none" else path.stem
-        return Path(inner).suffix.lower() in (".jsonl", ".ndjson")
+        return _KINDS.get(Path(inner).suffix.lower(), "text")
+
+    @property
+    def is_columnar(self) -> bool:
+        """Whether positions are numbers of rows, and not of bytes."""
+        return self.kind in ("parquet", "arrow")
 
     @property
     def is_splittable(self) -> bool:
         """Whether a range of its bytes can be read alone."""
-        return self.is_jsonl and self.compression == "none"
+        return self.kind == "parquet" or (self.kind == "jsonl" and self.compression == "none")
 
 
 @dataclass(frozen=True)
@@ -58,11 +79,16 @@ class Piece:
         return self.file.name if whole else f"{self.file.name} bytes {self.start}-{self.stop}"
 
 
+_DATASET_FILES = {"state.json", "dataset_info.json"}  # what tells a folder that `datasets` saved
+_DATASET_DICT_FILE = "dataset_dict.json"  # lists the splits of several such folders
+
+
 def find_files(inputs: Sequence[str]) -> list[SourceFile]:
     """The files that `inputs` (files, folders, glob patterns) lead to, sorted by path, each once.
 
-    Folders are read recursively, through links; names that begin with a dot are left out, as `*` does.
-    UserError: an input leads to no file, or cannot be read.
+    Folders are read recursively, through links; names that begin with a dot are left out, as `*` does. Of a folder that
+    `datasets` saved, the files of its data are read, and no others.
+    UserError: an input leads to no file, or cannot be read, or needs a library that is not installed.
     """
     found: dict[str, SourceFile] = {}
     for pattern in inputs:
@@ -99,9 +125,21 @@ def _walk(root: str) -> Iterator[SourceFile]:
     for parent, folders, names in os.walk(root, onerror=_cannot_read, followlinks=True):
         visible = sorted(name for name in folders if not name.startswith("."))
         folders[:] = [name for name in visible if is_new(os.path.join(parent, name))]
-        for name in names:
-            if not name.startswith("."):
+        for name in _data_files(parent) if _DATASET_FILES.issubset(names) else names:
+            if name != _DATASET_DICT_FILE and not name.startswith("."):
                 yield _describe(os.path.join(parent, name), found_in_folder=True)
+
+
+def _data_files(folder: str) -> list[str]:
+    """The names of the data files in a folder that `datasets` saved, which may hold cached ones as well."""
+    path = os.path.join(folder, "state.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return [entry["filename"] for entry in json.load(file)["_data_files"]]
+    except OSError as error:
+        _cannot_read(error)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"input {path}: is not as datasets.save_to_disk writes it; save the dataset again") from error
 
 
 def _describe(path: str, found_in_folder: bool) -> SourceFile:
@@ -111,7 +149,13 @@ def _describe(path: str, found_in_folder: bool) -> SourceFile:
         _cannot_read(error)
     if not stat.S_ISREG(status.st_mode):
         raise UserError(f"input {path}: not a regular file; write its content to one first")
-    return SourceFile(path, status.st_size, status.st_mtime_ns, found_in_folder)
+    file = SourceFile(path, status.st_size, status.st_mtime_ns, found_in_folder)
+    if file.is_columnar and file.compression != "none":
+        raise UserError(f"input {path}: {file.kind} files cannot be read through {file.compression}; decompress it")
+    for library in LIBRARIES_OF_KIND.get(file.kind, ()):
+        if importlib.util.find_spec(library) is None:
+            raise UserError(f"input {path}: reading it needs {library}; install it with pip install 'megagpt[web]'")
+    return file
 
 
 def _cannot_read(error: OSError) -> NoReturn:

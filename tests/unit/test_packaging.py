@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
-PINNED_EXTRAS = ("dev", "mpi", "export")
+PINNED_EXTRAS = ("dev", "mpi", "export", "web")
 
 
 def pins(python: str) -> list[Requirement]:

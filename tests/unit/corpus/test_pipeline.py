@@ -8,6 +8,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import zstandard
 
@@ -113,6 +115,8 @@ def test_the_splits_share_the_documents_and_both_are_shuffled_alike(corpus: Path
 
 @pytest.mark.parametrize("method", ["none", "exact", "minhash"])
 def test_the_bytes_do_not_depend_on_how_the_input_is_cut(corpus: Path, method: str) -> None:
+    rows = [*(f"row {number}" for number in range(40)), None]
+    pq.write_table(pa.table({"text": rows}), corpus / "in/c.parquet", row_group_size=3)
     options: dict[str, Any] = {"dedup": {"method": method}, "validation_fraction": 0.2, "max_bad": 0.1}
     run(corpus, "whole", **options)
     for chunk_mb in (0.0007, 0.004):
@@ -179,7 +183,18 @@ def test_what_cannot_be_read_is_listed_with_file_line_and_byte_though_the_file_i
         ("empty.py", None, 0, "empty"),
         ("x.pyc", None, 0, "binary file"),
     ]
+    assert [record["row"] for record in quarantined] == [None] * 4
     assert (report.counts["bad"], report.counts["harmless"]) == (2, 2)
+
+
+def test_what_cannot_be_read_in_a_columnar_file_is_listed_with_its_row(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"text": ["one", None, "three"]}), tmp_path / "in/a.parquet")
+    with pytest.raises(UserError, match=r"a\.parquet, row 1: wrong type \('text' is null, not a string\)"):
+        run(tmp_path)
+    run(tmp_path, max_bad=0.5)
+    (record,) = map(json.loads, (tmp_path / "out/quarantine.jsonl").read_text().splitlines())
+    assert (record["line"], record["byte"], record["row"], record["reason"]) == (None, None, 1, "wrong type")
 
 
 def test_too_many_bad_documents_are_an_error_that_shows_the_first(corpus: Path) -> None:

@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from tests.unit.corpus.test_pipeline import contents
@@ -30,13 +32,15 @@ def run(*arguments: object) -> "subprocess.CompletedProcess[str]":
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 3 MB: lines, their near-copies, and a few files of text."""
+    """A folder of 3 MB: lines, their near-copies, a Parquet file of many row groups, and a few files of text."""
     folder = tmp_path_factory.mktemp("corpus")
     rng = random.Random(11)
     texts = [document(rng, rng.randrange(20, 600)) for _ in range(1000)]
     texts += [edited(text, rng, 1) for text in texts[:200]]
     write_jsonl(folder / "a.jsonl", texts[:600])
     write_jsonl(folder / "b.jsonl", texts[600:])
+    rows = [document(rng, 300) for _ in range(300)]
+    pq.write_table(pa.table({"text": rows}), folder / "c.parquet", row_group_size=10)
     for number in range(50):
         (folder / f"{number}.txt").write_text(document(rng, 300))
     return folder
@@ -65,7 +69,7 @@ def test_any_number_of_workers_makes_the_same_bytes_and_tells_what_it_did(
     lines = dict(
         line.rsplit(maxsplit=1) for line in result.stdout.splitlines() if line.startswith(("documents", "rem"))
     )
-    assert lines["documents in"] == "1,250"
+    assert lines["documents in"] == "1,550"
     assert lines["removed: near-duplicates"] == str(counts["removed_near"])
     assert counts["removed_near"] > 150
     assert "MB/s" in result.stdout
@@ -166,6 +170,11 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
         (["--input", "IN", "--output", "IN/0.txt"], 1, "exists, and is not a token dataset"),
         (["--input", "BAD", "--output", "OUT"], 1, "1 of 2 documents cannot be read (50.0%, more than --max-bad 0.01)"),
         (["--input", "BAD", "--output", "OUT", "--text-key", "body"], 1, "missing key (no key 'body' among 'text')"),
+        (
+            ["--input", "IN/c.parquet", "--output", "OUT", "--text-key", "body"],
+            1,
+            "c.parquet: no column 'body' among 'text'; choose the column with --text-key",
+        ),
         (["--input", "IN", "--output", "/proc/out"], 1, "work folder /proc/out.work/"),
     ],
 )
@@ -176,6 +185,7 @@ def test_each_mistake_has_one_line_and_its_exit_code(
     (tmp_path / "wrong.yaml").write_text("dedup: {bnads: 3}\n")
     names = {
         "IN/0.txt": corpus / "0.txt",
+        "IN/c.parquet": corpus / "c.parquet",
         "IN/out": corpus / "out",
         "IN": corpus,
         "OUT": tmp_path / "out",

@@ -1,9 +1,12 @@
 """Reading: every good document comes out once with its position, and everything else is named."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.corpus.plan import cut_into_chunks
-from megagpt.corpus.reading import BadRecord, Document, ReadCount, read_piece
+from megagpt.corpus.reading import read_piece
+from megagpt.corpus.records import BadRecord, Document, ReadCount
 from megagpt.corpus.sources import Piece, SourceFile, find_files
 from megagpt.errors import UserError
 
@@ -41,6 +45,8 @@ BAD_LINES = [
     (b'{"text": ""}', "empty"),
     (b'{"text": " \\n"}', "empty"),
 ]
+ANY_NAMES = ["a.jsonl", "a.txt", "a.html", "a.warc", "a.parquet", "a.arrow"]
+ANY_NAMES += ["a.jsonl.gz", "a.txt.zst", "a.jsonl.bz2", "a.txt.xz", "a.warc.gz"]
 SHORT_BAD_LINES = [(line, reason) for line, reason in BAD_LINES if len(line) < 100]
 
 
@@ -89,7 +95,7 @@ def test_no_good_document_is_lost_and_each_bad_line_is_named_wherever_the_file_i
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.binary(max_size=300), st.integers(1, 100), st.sampled_from(["a.jsonl", "a.txt", "a.jsonl.gz", "a.txt.zst"]))
+@given(st.binary(max_size=300), st.integers(1, 100), st.sampled_from(ANY_NAMES))
 def test_any_bytes_are_read_without_an_error(
     tmp_path_factory: pytest.TempPathFactory, content: bytes, chunk_bytes: int, name: str
 ) -> None:
@@ -175,9 +181,18 @@ def test_a_binary_file_met_in_a_folder_is_no_bad_text_but_one_that_was_named_is(
 # Compression
 
 
+_COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.compress,
+    ".bz2": bz2.compress,
+    ".xz": lzma.compress,
+}
+
+
 def compress(content: bytes, suffix: str) -> bytes:
-    if suffix == ".gz":
-        return gzip.compress(content[:100]) + gzip.compress(content[100:])
+    """`content` in two frames, those of .xz with padding between them."""
+    if suffix in _COMPRESS:
+        padding = bytes(8) if suffix == ".xz" else b""
+        return _COMPRESS[suffix](content[:100]) + padding + _COMPRESS[suffix](content[100:])
     compressor = zstandard.ZstdCompressor()
     streamed = io.BytesIO()
     with compressor.stream_writer(streamed, closefd=False) as writer:
@@ -185,7 +200,7 @@ def compress(content: bytes, suffix: str) -> bytes:
     return compressor.compress(content[:100]) + streamed.getvalue()
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2", ".xz"])
 def test_compressed_files_of_several_frames_give_the_documents_of_their_content(tmp_path: Path, suffix: str) -> None:
     expected = [f"document {i} {os.urandom(50).hex()}" for i in range(3000)]
     content = b"".join(line_of(text, True) + b"\n" for text in expected)
@@ -197,7 +212,7 @@ def test_compressed_files_of_several_frames_give_the_documents_of_their_content(
     assert texts(read(tmp_path / f"a.txt{suffix}")) == [content.decode()]
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2", ".xz"])
 @pytest.mark.parametrize("cut", [1, 5, 2000])
 def test_of_a_compressed_file_cut_short_the_documents_before_the_cut_stay_and_the_cut_is_named(
     tmp_path: Path, suffix: str, cut: int
@@ -219,7 +234,7 @@ def test_of_a_compressed_file_cut_short_the_documents_before_the_cut_stay_and_th
     assert bad.reason == "damaged compression"
 
 
-@pytest.mark.parametrize("suffix", [".gz", ".zst"])
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2", ".xz"])
 def test_a_file_that_is_not_compressed_as_its_name_says_is_named(tmp_path: Path, suffix: str) -> None:
     (tmp_path / f"a.jsonl{suffix}").write_bytes(b'{"text": "plain"}\n')
     (bad,) = read(tmp_path / f"a.jsonl{suffix}")

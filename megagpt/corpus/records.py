@@ -1,0 +1,67 @@
+"""What reading gives: documents, and records that are not, with their positions and reasons.
+
+A position is where a record begins in its file: the byte offset in the uncompressed content, or the number of the row
+in a columnar file, from 0.
+"""
+
+from dataclasses import dataclass
+
+EMPTY, BINARY, DAMAGED = "empty", "binary file", "damaged compression"
+HARMLESS = frozenset({EMPTY, BINARY})
+"""Reasons that leave out nothing that was text: listed, but not counted as bad."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text, not yet cleaned; it has no NUL and no lone surrogate."""
+
+    position: int
+    text: str
+
+
+@dataclass(frozen=True)
+class BadRecord:
+    """Something that is not a document, and why."""
+
+    position: int
+    line: int | None
+    """Number of its line among those of the piece, from 1; None: not about a line."""
+    reason: str
+    """Which kind of problem, one of a few."""
+    detail: str = ""
+    """What exactly, and where in the record."""
+
+
+@dataclass
+class ReadCount:
+    """How much of a piece has been read."""
+
+    lines: int = 0
+    """Lines, blank ones included."""
+    bytes: int = 0
+    """Bytes of records, uncompressed."""
+
+
+class BadRecordError(Exception):
+    """Carries reason and detail of a record that is not a document."""
+
+
+def decode_utf8(content: bytes) -> str:
+    """The text of UTF-8. BadRecordError: it is not UTF-8."""
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRecordError("invalid UTF-8", f"{error.reason} at byte {error.start} of the record") from None
+
+
+def checked(text: str) -> str:
+    """`text`, if it is one that can be written as UTF-8 and tokenized. BadRecordError: it is not."""
+    if not text or text.isspace():
+        raise BadRecordError(EMPTY, "no text but whitespace")
+    if "\0" in text:
+        raise BadRecordError("NUL character", f"at character {text.index(chr(0))} of the text")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise BadRecordError("lone surrogate", f"at character {error.start} of the text") from None
+    return text

@@ -1,0 +1,139 @@
+"""Web pages: the main content of HTML, and WARC archives (ISO 28500) of pages or of their texts (WET).
+
+A page of an archive is a `response` record of HTTP status 200 with HTML; a text is a `conversion` record. All other
+records (requests, metadata, redirects, images) are no documents. A position is the offset of the record in the
+uncompressed archive. Needs the `web` extra, fastwarc and resiliparse, whose time for a page grows with the square of
+the depth of nested <div>s.
+"""
+
+import io
+import os
+from collections.abc import Iterator
+from typing import IO, TYPE_CHECKING, Literal
+
+from megagpt.corpus.compression import DAMAGED_ERRORS
+from megagpt.corpus.records import DAMAGED, EMPTY, BadRecord, BadRecordError, Document, ReadCount, checked, decode_utf8
+
+if TYPE_CHECKING:
+    from fastwarc.warc import WarcRecord
+
+_HTML_TYPES = ("text/html", "application/xhtml+xml")
+
+
+def main_text(content: bytes, charset: str | None = None) -> str:
+    """The text of the main content of an HTML page, without menus, headers and footers; "" if it has none.
+
+    Bytes that are valid UTF-8 are taken as that, others as `charset`, else as what the page declares or looks like.
+    """
+    from resiliparse.extract.html2text import extract_plain_text
+
+    return extract_plain_text(_decode_html(content, charset), main_content=True, alt_texts=False)
+
+
+def _decode_html(content: bytes, charset: str | None) -> str:
+    from resiliparse.parse.encoding import bytes_to_str, detect_encoding, map_encoding_to_html5
+
+    if b"\x1b" not in content:  # ISO-2022 texts are valid UTF-8
+        try:
+            return content.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            pass
+    encoding = map_encoding_to_html5(charset, fallback_utf8=False) if charset else None
+    encoding = encoding or detect_encoding(content, html5_compatible=True, from_html_meta=True) or "utf-8"
+    return bytes_to_str(content, encoding, errors="replace")
+
+
+def read_warc(stream: IO[bytes], count: ReadCount) -> Iterator[Document | BadRecord]:
+    """The pages and texts of an archive, given uncompressed; `count.bytes` grows by the bytes of their records.
+
+    Where the archive is damaged or cut short, a BadRecord with the position of the last record ends it.
+    """
+    from fastwarc.warc import ArchiveIterator, WarcRecordType
+
+    source = _Source(stream)
+    position, is_empty = 0, True
+    try:
+        for record in ArchiveIterator(source, parse_http=False, stream_detect=False):
+            position = record.stream_pos
+            if not record.headers.get("Content-Length"):  # cut short in its header, which fastwarc would hide
+                raise EOFError("a record has no Content-Length")
+            is_page = record.record_type == WarcRecordType.response
+            if not is_page and record.record_type != WarcRecordType.conversion:
+                continue
+            block = record.reader.read()
+            if len(block) < record.content_length:
+                raise EOFError(f"the file ends {len(block)} bytes into a record of {record.content_length}")
+            found = _read_block(position, block, is_page)
+            if found is not None:
+                count.bytes += len(block)
+                is_empty = False
+                yield found
+    except (EOFError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the content's
+            raise
+        if source.damage is None:
+            yield BadRecord(position, None, "malformed WARC", f"{error}, at or after the record at this byte")
+            return
+    if source.damage is not None:
+        yield BadRecord(position, None, DAMAGED, f"{source.damage}, at or after the record at this byte of its content")
+    elif is_empty:
+        yield BadRecord(0, None, EMPTY, "no HTML response and no conversion record")
+
+
+class _Source:
+    """A stream as fastwarc wants it. It ends at damage, which fastwarc would hide, and remembers that."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self._stream = stream
+        self._position = 0
+        self.damage: Exception | None = None
+
+    def read(self, size: int = -1) -> bytes:
+        try:
+            content = self._stream.read(size)
+        except DAMAGED_ERRORS as error:
+            self.damage = error
+            return b""
+        self._position += len(content)
+        return content
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        raise io.UnsupportedOperation("archives are read from beginning to end")
+
+    def close(self) -> None:
+        """Who opened the stream closes it."""
+
+
+def _read_block(position: int, block: bytes, is_page: bool) -> Document | BadRecord | None:
+    """What a record's block holds; None for what is no document."""
+    try:
+        text = _page_text(block) if is_page else decode_utf8(block)
+        return None if text is None else Document(position, checked(text))
+    except BadRecordError as bad:
+        return BadRecord(position, None, *bad.args)
+
+
+def _page_text(block: bytes) -> str | None:
+    """The main text of an HTTP response; None if it is not HTML, or not of status 200."""
+    try:
+        response = _parse_http(block, "none")
+        if response.http_headers.status_code != 200 or response.http_content_type not in _HTML_TYPES:
+            return None
+        body = _parse_http(block, "all").reader.read()
+    except OSError as error:
+        raise BadRecordError("malformed HTTP", str(error)) from None
+    return main_text(body, response.http_charset)
+
+
+def _parse_http(block: bytes, auto_decode: Literal["none", "all"]) -> "WarcRecord":
+    from fastwarc.warc import WarcRecord, WarcRecordType
+
+    record = WarcRecord()
+    record.init_headers(WarcRecordType.response)
+    record.is_http = True
+    record.set_bytes_content(block)
+    record.parse_http(auto_decode)
+    return record
