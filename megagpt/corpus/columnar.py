@@ -97,9 +97,8 @@ def _read_batches(
 
 def _contents(column: Any) -> list[bytes | None]:
     """The bytes of each text, which may not be UTF-8; checked first, because Arrow trusts the offsets in a file."""
-    column.validate()
-    if pa.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
+    is_plain = pa.types.is_string(column.type) or pa.types.is_large_string(column.type)
+    column.validate(full=not is_plain)  # in full, one text that is not UTF-8 makes the whole batch damaged
     column = column.cast(pa.large_binary())
     column.validate(full=True)
     return column.to_pylist()

@@ -3,6 +3,7 @@
 import io
 import os
 import random
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,16 @@ def test_of_an_arrow_stream_cut_short_the_rows_before_the_cut_stay_and_the_cut_i
     path = write(tmp_path / "a.arrow", rows)
     path.write_bytes(path.read_bytes()[:-100])
     assert outcomes(read(path)) == [*enumerate(rows[:40]), (40, "damaged file")]
+
+
+@pytest.mark.parametrize("offset", [2**30, 2, -3])
+@pytest.mark.parametrize("kind", ["feather", "arrow"])
+def test_offsets_that_lead_astray_are_damage_and_never_followed(tmp_path: Path, kind: str, offset: int) -> None:
+    path = write(tmp_path / f"a.{kind}", ["one", "two", "six"])
+    good, wrong = struct.pack("<4i", 0, 3, 6, 9), struct.pack("<4i", 0, 3, offset, 9)
+    assert path.read_bytes().count(good) == 1
+    path.write_bytes(path.read_bytes().replace(good, wrong))
+    assert outcomes(read(path)) == [(0, "damaged file")]
 
 
 @settings(max_examples=150, deadline=None)

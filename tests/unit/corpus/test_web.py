@@ -105,9 +105,9 @@ def test_pages_are_decoded_as_they_are_encoded(tmp_path: Path, text: str, encodi
 
 
 def test_the_charset_of_the_http_header_counts(tmp_path: Path) -> None:
-    block = response("<main><p>Привет, мир</p></main>".encode("koi8-r"), content_type="text/html; charset=KOI8-R")
-    (tmp_path / "a.warc").write_bytes(warc_record(block))
-    assert texts(read(tmp_path)) == ["Привет, мир"]
+    body = "<main><p>Dağda ışık</p></main>".encode("windows-1254")  # looks like Western European
+    (tmp_path / "a.warc").write_bytes(warc_record(response(body, content_type="text/html; charset=windows-1254")))
+    assert texts(read(tmp_path)) == ["Dağda ışık"]
 
 
 def test_a_page_without_text_is_empty(tmp_path: Path) -> None:
