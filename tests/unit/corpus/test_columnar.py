@@ -14,7 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megagpt.corpus.records import BadRecord, Document
+from megagpt.corpus.plan import cut_into_chunks
+from megagpt.corpus.reading import read_piece
+from megagpt.corpus.records import BadRecord, Document, ReadCount
 from megagpt.corpus.sources import find_files
 from megagpt.errors import UserError
 from tests.unit.corpus.test_reading import GOOD_TEXT, read, texts
@@ -53,6 +55,14 @@ def test_every_row_comes_out_once_in_order_with_its_number_wherever_the_file_is_
     path = tmp_path_factory.mktemp("columnar") / f"a.{kind}"
     write(path, [text for text, _ in rows], rows_at_once)
     assert outcomes(read(path, chunk_bytes)) == [(row, outcome) for row, (_, outcome) in enumerate(rows)]
+
+
+def test_a_parquet_file_is_cut_into_pieces_that_have_about_as_many_rows_each(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.parquet", [f"document {i}" for i in range(400)], rows_at_once=5)
+    chunks = cut_into_chunks(find_files([str(path)]), path.stat().st_size // 3 + 1)
+    rows = [len(list(read_piece(piece, "text", ReadCount()))) for chunk in chunks for piece in chunk.pieces]
+    assert len(rows) == 3
+    assert max(rows) - min(rows) <= 5
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -241,6 +241,14 @@ def test_the_manifest_describes_the_folder_and_tells_nothing_of_how_it_was_made(
     assert set(manifest.versions) >= {"megagpt", "ftfy", "tiktoken", "datasketch", "unicode"}
 
 
+def test_the_plan_names_the_version_of_the_html_reader_only_where_there_is_html(corpus: Path) -> None:
+    run(corpus, max_bad=0.1)
+    (corpus / "in/a.html").write_text("<main><p>Text of the page.</p></main>")
+    run(corpus, "with_html", max_bad=0.1)
+    found = [json.loads((corpus / name / "manifest.json").read_text())["versions"] for name in ("out", "with_html")]
+    assert ["resiliparse" in versions for versions in found] == [False, True]
+
+
 def test_an_own_tokenizer_is_copied_into_the_dataset(corpus: Path) -> None:
     import base64
 
