@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint format clean
+.PHONY: help setup quickstart test lint benchmark format clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -35,6 +35,9 @@ lint: setup ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+benchmark: setup ## a training step side by side with a plain torch loop
+	@$(BIN)/python -m tools.benchmark train configs/small.yaml
 
 format: setup ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .

@@ -50,10 +50,17 @@ def discover(environ: Mapping[str, str] = os.environ) -> ProcessEnvironment:
         place = _from_torchrun(environ)
     elif "OMPI_COMM_WORLD_SIZE" in environ:
         place = _from_open_mpi(environ)
-    elif "SLURM_PROCID" in environ and int(environ.get("SLURM_STEP_NUM_TASKS", environ.get("SLURM_NTASKS", "1"))) > 1:
-        place = _from_slurm(environ)
-    elif "PMI_SIZE" in environ:
+    elif "MPI_LOCALRANKID" in environ:  # Hydra's own; srun --mpi=pmi2 sets the PMI_ variables too, but not this one
         place = _from_hydra(environ)
+    elif _integer(environ, "SLURM_STEP_NUM_TASKS", default=1) > 1:
+        place = _from_slurm(environ)
+    elif "PMI_SIZE" in environ and "SLURM_PROCID" not in environ:
+        place = _from_hydra(environ)
+    elif _integer(environ, "SLURM_NTASKS", default=1) > 1 and "SLURM_STEP_NUM_TASKS" not in environ:
+        raise UsageError(
+            f"this is the batch script of a Slurm job of {environ['SLURM_NTASKS']} tasks, of which it is none; "
+            "start the command with srun (or one process of it with srun --ntasks=1)"
+        )
     else:
         place = ProcessEnvironment("none", 0, 0, 1, 1, "127.0.0.1", free_port())
     if not (0 <= place.rank < place.world_size and 0 <= place.local_rank < place.local_world_size <= place.world_size):
@@ -121,10 +128,16 @@ def _from_slurm(environ: Mapping[str, str]) -> ProcessEnvironment:
         launcher="Slurm",
         rank=_integer(environ, "SLURM_PROCID"),
         local_rank=_integer(environ, "SLURM_LOCALID"),
-        world_size=_integer(environ, "SLURM_STEP_NUM_TASKS", default=_integer(environ, "SLURM_NTASKS", default=1)),
-        local_world_size=tasks_per_node(local_sizes)[_integer(environ, "SLURM_NODEID")],
+        world_size=_integer(environ, "SLURM_STEP_NUM_TASKS"),
+        local_world_size=_local_size(local_sizes, _integer(environ, "SLURM_NODEID")),
         master_addr=environ.get("MASTER_ADDR") or _first_host(nodelist),
-        master_port=_integer(environ, "MASTER_PORT", default=port_of_job(_integer(environ, "SLURM_JOB_ID", default=0))),
+        master_port=_integer(
+            environ,
+            "MASTER_PORT",
+            default=port_of_step(
+                _integer(environ, "SLURM_JOB_ID", default=0), _integer(environ, "SLURM_STEP_ID", default=0)
+            ),
+        ),
     )
 
 
@@ -137,9 +150,16 @@ def tasks_per_node(text: str) -> list[int]:
     return counts
 
 
-def port_of_job(job_id: int) -> int:
-    """The rendezvous port of a Slurm job: the same on every node without asking anyone."""
-    return _FIRST_PORT + job_id % _PORTS
+def _local_size(counts: str, node: int) -> int:
+    try:
+        return tasks_per_node(counts)[node]
+    except (ValueError, IndexError):
+        raise UsageError(f"Slurm: task counts {counts!r} say nothing of node {node}; check what sets them") from None
+
+
+def port_of_step(job_id: int, step_id: int) -> int:
+    """The rendezvous port of a Slurm job step: the same on every node without asking anyone."""
+    return _FIRST_PORT + (31 * job_id + step_id) % _PORTS
 
 
 def _first_host(nodelist: str) -> str:

@@ -107,13 +107,15 @@ def train(data: Path, run_dir: Path, steps: int) -> str:
     """Two processes on CPUs; all GPUs where there are some."""
     import torch
 
-    processes = torch.cuda.device_count() if torch.cuda.is_available() else 2
+    use_cuda = torch.cuda.is_available()
+    processes = torch.cuda.device_count() if use_cuda else 2
+    precision = "fp16" if use_cuda and not torch.cuda.is_bf16_supported(including_emulation=False) else "bf16"
     batch = load_config(CONFIG).train.global_batch_size
     command(
         *("torch.distributed.run", "--standalone", "--nproc-per-node", processes),
         *("-m", "launch.train", CONFIG, f"train.steps={steps}", f"train.run_dir={run_dir}"),
         *(f"data.train.0.path={data / 'tokens' / 'train'}", f"data.validation.0.path={data / 'tokens' / 'validation'}"),
-        f"train.global_batch_size={math.lcm(batch, processes)}",
+        *(f"train.global_batch_size={math.lcm(batch, processes)}", f"train.precision={precision}"),
         threads=max(1, len(os.sched_getaffinity(0)) // processes),
     )
     return f"{run_dir}: config.yaml, metrics.jsonl, checkpoints/"

@@ -11,11 +11,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from megagpt.config import check_batch
 from megagpt.config.schema import RunConfig
 from megagpt.data.loader import Batch
+from megagpt.errors import UsageError
 from megagpt.model.counts import flops_per_token
 from megagpt.model.gpt import GPT
 from megagpt.model.init import initialize_weights, parameter_kind
@@ -30,9 +33,10 @@ def compare_with_plain_loop(
 
     `report` is given a line about each step. Returns JSON types.
     """
+    if dist.get_world_size() > 1:
+        raise UsageError("the comparison is of one process; start it without a launcher")
     batch = _random_batch(config, device)
-    micro_batch_size = config.train.micro_batch_size or config.train.global_batch_size
-    accumulation_steps = config.train.global_batch_size // micro_batch_size
+    micro_batch_size, accumulation_steps = check_batch(config.train.global_batch_size, config.train.micro_batch_size, 1)
     engine = Engine(config, micro_batch_size, accumulation_steps, device)
     micro_batches = [batch[i : i + micro_batch_size] for i in range(0, len(batch), micro_batch_size)]
     contenders: dict[str, Callable[[], object]] = {
@@ -90,7 +94,8 @@ def _plain_step(config: RunConfig, micro_batches: list[Batch], device: torch.dev
                 loss = compiled(batch.input_ids, batch.targets) / len(micro_batches)
             loss.backward()
             total += loss.detach()
-        nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
+        if config.optimizer.grad_clip:
+            nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
         optimizer.step()
         return total.item()
 

@@ -10,6 +10,7 @@ A checkpoint is written to a hidden folder, fsynced, listed in its manifest and 
 valid manifest does not count. The price: every byte is read once more for its checksum, by the rank that wrote it.
 """
 
+import json
 import logging
 import os
 import re
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from megagpt.data.atomic import fsync_path, replace_file
 from megagpt.data.manifest import FileChecksum
@@ -35,6 +36,10 @@ _SHARD_OWNER = re.compile(r"pp_rank_(\d+)_")
 SHARDS = "deepspeed"
 
 
+class DamagedCheckpointError(UserError):
+    """A checkpoint that is not as it was written."""
+
+
 class CheckpointManifest(BaseModel):
     """manifest.json: what a checkpoint holds and what a run must agree with to continue from it."""
 
@@ -45,12 +50,16 @@ class CheckpointManifest(BaseModel):
     """Optimizer steps done."""
     consumed_samples: int
     """Sequences of the global order that those steps read."""
+    skipped_steps: int = 0
+    """How many of those steps had a non-finite gradient and changed nothing."""
     world_size: int
     zero_stage: int
     precision: str
     global_batch_size: int
     seed: int
     seq_len: int
+    document_mask: bool
+    no_decay: list[str]
     data_fingerprint: str
     model: dict[str, Any]
     versions: dict[str, str] = {}
@@ -79,7 +88,7 @@ def save_checkpoint(
             shutil.rmtree(leftover)
         aside.mkdir()
     dist.barrier()
-    write_shards(aside)
+    _write(write_shards, aside)
     records: list[dict[str, FileChecksum]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(records, _seal_own_files(aside, rank))
     if rank == 0:
@@ -92,7 +101,8 @@ def save_checkpoint(
         os.rename(aside, final)
         fsync_path(folder)
         replace_file(folder / "latest", f"{final.name}\n".encode())
-        for old in complete_checkpoints(folder)[:-keep]:
+        older = [path for path in complete_checkpoints(folder) if path != final]
+        for old in older[: max(0, len(older) - keep + 1)]:
             _remove(old)
     dist.barrier()
     return final
@@ -107,14 +117,21 @@ def complete_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint of `folder` with all its files in full length; damaged ones are named and passed over."""
-    for path in reversed(complete_checkpoints(folder)):
+    """The newest checkpoint of `folder` with all its files in full length; damaged ones are named and passed over.
+
+    None if there is none at all. Raises UserError if there are some and none is whole: a run must not start anew over
+    them.
+    """
+    found = complete_checkpoints(folder)
+    for path in reversed(found):
         try:
             read_manifest(path)
-        except UserError as error:
+        except DamagedCheckpointError as error:
             logger.warning("not using %s", error)
         else:
             return path
+    if found:
+        raise UserError(f"{folder}: every checkpoint in it is damaged; move it away to start the run anew")
     return None
 
 
@@ -131,27 +148,61 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def read_manifest(checkpoint: Path) -> CheckpointManifest:
-    """The manifest, after comparing every file's size with it. Raises UserError naming the first file that differs."""
+    """The manifest, after comparing every file's size with it.
+
+    Raises DamagedCheckpointError naming the first file that differs, UserError for a format newer than this version's.
+    """
     path = checkpoint / "manifest.json"
     try:
-        manifest = CheckpointManifest.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, ValidationError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a readable checkpoint manifest ({' '.join(str(error).split())[:200]})") from None
-    if manifest.format_version > FORMAT_VERSION:
-        raise UserError(f"{path}: format {manifest.format_version} is newer than this version of megagpt reads")
+        values = json.loads(path.read_bytes())
+        if isinstance(values, dict) and values.get("format_version", 0) > FORMAT_VERSION:
+            raise UserError(f"{path}: format {values['format_version']} is newer than this version of megagpt reads")
+        manifest = CheckpointManifest.model_validate(values)
+    except FileNotFoundError:
+        raise DamagedCheckpointError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from error
+    except ValueError as error:  # not JSON, not UTF-8, not a manifest
+        reason = " ".join(str(error).split())[:200]
+        raise DamagedCheckpointError(f"{path}: not a checkpoint's manifest ({reason})") from None
     for name, record in manifest.files.items():
         file = checkpoint / name
         size = file.stat().st_size if file.is_file() else None
         if size != record.size:
             state = "is missing" if size is None else f"has {size} bytes instead of {record.size}"
-            raise UserError(f"{checkpoint}: {name} {state}; the checkpoint is damaged")
+            raise DamagedCheckpointError(f"{checkpoint}: {name} {state}; the checkpoint is damaged")
     return manifest
+
+
+def verify_checksums(checkpoint: Path, part: int = 0, parts: int = 1) -> None:
+    """Compare every `parts`-th file's checksum, from number `part`, with the manifest: the ranks share the reading.
+
+    Raises DamagedCheckpointError naming the first file that differs.
+    """
+    for name, record in sorted(read_manifest(checkpoint).files.items())[part::parts]:
+        if FileChecksum.of(checkpoint / name).xxh3_128 != record.xxh3_128:
+            raise DamagedCheckpointError(
+                f"{checkpoint}: {name} is not what was written (its checksum differs); "
+                "remove this checkpoint to continue from the one before"
+            )
 
 
 def load_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
     """The model's fp32 master weights by parameter name, put together from the shards of all ranks, on the CPU."""
     manifest = read_manifest(checkpoint)
+    verify_checksums(checkpoint)
     return read_weights(checkpoint / SHARDS, manifest.zero_stage, manifest.world_size)
+
+
+def _write(write_shards: Callable[[Path], None], aside: Path) -> None:
+    """Have the shards written; a failure leaves nothing behind and is told with the space that was left."""
+    try:
+        write_shards(aside)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        free = shutil.disk_usage(aside.parent).free / 1e9
+        shutil.rmtree(aside, ignore_errors=True)
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(f"cannot write checkpoint {aside.parent}: {reason} ({free:.1f} GB free there)") from error
 
 
 def _seal_own_files(folder: Path, rank: int) -> dict[str, FileChecksum]:

@@ -24,7 +24,6 @@ import deepspeed
 import torch
 import torch._inductor.config
 import torch.distributed as dist
-from pydantic import ValidationError
 from torch import nn
 
 from megagpt.config.schema import RunConfig
@@ -38,6 +37,20 @@ from megagpt.training.optimizer import build_optimizer, parameter_groups
 logger = logging.getLogger(__name__)
 
 _AUTOCAST_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+# Raw DeepSpeed options that would contradict what the rest of the configuration says, and who says it.
+_OWNED_OPTIONS = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.global_batch_size and train.micro_batch_size",
+    "gradient_clipping": "optimizer.grad_clip",
+    "optimizer": "the section optimizer",
+    "scheduler": "the section schedule",
+    "zero_optimization.stage": "parallel.zero_stage",
+    "bf16.enabled": "train.precision",
+    "fp16.enabled": "train.precision",
+    "torch_autocast": "train.precision",
+    "data_types": "train.precision: gradients are always accumulated in fp32",
+}
 _SHARDS = "deepspeed"  # folder of DeepSpeed's own files inside a checkpoint
 
 
@@ -69,11 +82,15 @@ def deepspeed_options(
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
     if parallel.offload_parameters:
         zero["offload_param"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    for key, owner in _OWNED_OPTIONS.items():
+        if _has(config.deepspeed, key.split(".")):
+            raise UsageError(f"section deepspeed: {key} is set by {owner}; change that instead")
     options: dict[str, Any] = {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": gradient_accumulation_steps,
-        "gradient_clipping": config.optimizer.grad_clip,
+        # At stage 0 the engine below clips, since DeepSpeed would not tell the norm.
+        "gradient_clipping": config.optimizer.grad_clip if parallel.zero_stage else 0.0,
         "communication_data_type": "fp32",
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
@@ -101,6 +118,7 @@ class Engine:
     ) -> None:
         self.config = config
         self.device = device
+        self.micro_batch_size = micro_batch_size
         self.options = deepspeed_options(config, micro_batch_size, gradient_accumulation_steps, device)
         self.zero_stage = int(self.options["zero_optimization"]["stage"])
         try:
@@ -109,12 +127,11 @@ class Engine:
                 groups = parameter_groups(model, config.optimizer, parameter_kind)
                 optimizer = build_optimizer(groups, config.optimizer)
                 self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.options)
-        except ValidationError as error:
-            problem = error.errors()[0]
-            key = ".".join(map(str, problem["loc"]))
-            raise UsageError(
-                f"section deepspeed: DeepSpeed refuses {key}={problem['input']!r}: {problem['msg']}"
-            ) from error
+        except (AssertionError, TypeError, ValueError) as error:
+            if not config.deepspeed:
+                raise  # our own options are wrong: a bug
+            reason = " ".join(str(error).split())
+            raise UsageError(f"section deepspeed: DeepSpeed refuses its options: {reason}") from error
         if config.train.compile:
             if missing := missing_for_compile():
                 logger.warning("training uncompiled, which is slower: torch.compile needs %s", missing)
@@ -143,7 +160,7 @@ class Engine:
             loss += loss_sum.detach() / targets
             self._engine.backward(loss_sum * (dist.get_world_size() / targets), scale_wrt_gas=False)
             if self.zero_stage == 0 and index == len(batches) - 1:
-                grad_norm, applied = self._check_unsharded_gradients()
+                grad_norm, applied = self._clip_unsharded_gradients()
             self._engine.step()
         if self.zero_stage > 0:
             grad_norm, applied = self._engine.get_global_grad_norm(), self._engine.was_step_applied()
@@ -164,13 +181,23 @@ class Engine:
 
     def save(self, folder: Path) -> None:
         """Write this rank's part of weights and optimizer state below `folder`; all ranks call it."""
-        self._engine.save_checkpoint(str(folder), tag=_SHARDS, save_latest=False)
+        # DeepSpeed saves its loss scalers, but not the one it uses at stage 0.
+        scaler = self._engine.torch_autocast_z0_gradscaler
+        state = {"loss_scaler": scaler.state_dict()} if scaler else {}
+        self._engine.save_checkpoint(str(folder), tag=_SHARDS, client_state=state, save_latest=False)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote at the same world size and ZeRO stage; all ranks call it."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=_SHARDS)
+        path, state = self._engine.load_checkpoint(str(folder), tag=_SHARDS)
         if path is None:
             raise UserError(f"{folder}: DeepSpeed found no checkpoint in it")
+        if self._engine.torch_autocast_z0_gradscaler:
+            self._engine.torch_autocast_z0_gradscaler.load_state_dict(state["loss_scaler"])
+        # The checkpoint brings the optimizer's settings with it; what the configuration says now counts.
+        optimizer = self.config.optimizer
+        for group in self._engine.optimizer.param_groups:
+            group["betas"], group["eps"] = optimizer.betas, optimizer.eps
+            group["weight_decay"] = optimizer.weight_decay if group["decayed"] else 0.0
 
     def close(self) -> None:
         """Free DeepSpeed's hooks and buffers, so that another engine can live in this process."""
@@ -189,21 +216,24 @@ class Engine:
         initialize_weights(model, seed, gather=_gathered)
         return model
 
-    def _check_unsharded_gradients(self) -> tuple[torch.Tensor, bool]:
-        """Stage 0, where DeepSpeed neither keeps the norm nor checks it: the norm, and whether it is finite.
+    def _clip_unsharded_gradients(self) -> tuple[torch.Tensor, bool]:
+        """Stage 0, where DeepSpeed would clip but not tell the norm: clip; return the norm and whether it is finite.
 
         A non-finite gradient is dropped, so that the following step does nothing; with fp16 that is the scaler's work.
         """
         parameters = [p for p in self.module.parameters() if p.grad is not None]
         scaler = self._engine.torch_autocast_z0_gradscaler
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        finite = bool(torch.isfinite(norm))
-        if scaler:
-            return norm / scaler.get_scale(), finite
-        if not finite:
-            for parameter in parameters:
-                parameter.grad = None
-        return norm, finite
+        scale = scaler.get_scale() if scaler else 1.0
+        scaled_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = scaled_norm / scale
+        if not torch.isfinite(norm):
+            if not scaler:
+                for parameter in parameters:
+                    parameter.grad = None
+            return torch.full_like(norm, torch.inf), False
+        if limit := self.config.optimizer.grad_clip:
+            nn.utils.clip_grads_with_norm_(parameters, limit * scale, scaled_norm)
+        return norm, True
 
     def _to_device(self, batch: Batch) -> Batch:
         return batch.to(self.device, non_blocking=True)
@@ -246,6 +276,14 @@ def deepspeed_output_to_log() -> Iterator[None]:
 def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
     """Whole parameters inside the block; what rank 0 wrote there becomes every rank's shard."""
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+
+
+def _has(tree: Any, path: list[str]) -> bool:
+    for key in path:
+        if not isinstance(tree, dict) or key not in tree:
+            return False
+        tree = tree[key]
+    return True
 
 
 def _merge(base: dict[str, Any], extra: dict[str, Any]) -> dict[str, Any]:

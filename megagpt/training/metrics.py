@@ -6,12 +6,15 @@ One JSON object a line, with `kind`:
   validation  step, dataset, loss, perplexity, targets, seconds
   checkpoint  step, path, seconds
 
+A number that is not finite (the loss of a step that overflowed) is null.
+
 tokens_per_second counts all ranks. mfu = tokens_per_second x flops_per_token / (ranks x peak), with flops_per_token
 from megagpt.model.counts (forward and backward, full s x s attention, no recomputation) and the peak from
 megagpt.scaling.devices; null where the peak is unknown.
 """
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,8 +32,8 @@ class Sink(Protocol):
     def write(self, record: Record) -> None:
         """Take one record."""
 
-    def close(self) -> None:
-        """Finish, so that nothing taken is lost."""
+    def close(self, completed: bool) -> None:
+        """Finish, so that nothing taken is lost. completed: whether the run came to its last step."""
 
 
 class JsonLines:
@@ -40,13 +43,20 @@ class JsonLines:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, record: Record) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        self._file.write(json.dumps(_without_nan(record), allow_nan=False) + "\n")
         self._file.flush()
 
-    def close(self) -> None:
+    def close(self, completed: bool) -> None:
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
+
+
+def _without_nan(record: Record) -> Record:
+    """JSON has no NaN and no infinity: null."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
 
 
 def read_metrics(path: Path) -> Iterator[Record]:
@@ -56,11 +66,14 @@ def read_metrics(path: Path) -> Iterator[Record]:
         if not line:
             continue
         try:
-            yield json.loads(line)
+            record = json.loads(line)
         except ValueError:
             if number == len(lines):  # no newline followed: the write was interrupted
                 return
-            raise UserError(f"{path}:{number}: not a JSON object; the metrics file is damaged") from None
+            record = None
+        if not isinstance(record, dict) or not {"kind", "step"} <= record.keys():
+            raise UserError(f"{path}:{number}: not a record of metrics; the file is damaged")
+        yield record
 
 
 def drop_records_after(path: Path, step: int) -> int:

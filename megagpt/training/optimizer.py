@@ -20,8 +20,8 @@ def parameter_groups(
     for name, parameter in model.named_parameters():
         (plain if kind_of(name) in config.no_decay else decayed).append(parameter)
     groups: list[dict[str, object]] = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
+        {"params": decayed, "weight_decay": config.weight_decay, "decayed": True},
+        {"params": plain, "weight_decay": 0.0, "decayed": False},
     ]
     return [group for group in groups if group["params"]]
 

@@ -1,15 +1,7 @@
-"""One training run from its configuration: check, build, resume, fit.
-
-run_dir/
-    config.yaml       the resolved configuration
-    tokenizer.json    how tokens become text again (and beside it the vocabulary's file, if it is an own one)
-    metrics.jsonl     see megagpt.training.metrics
-    checkpoints/      see megagpt.training.checkpoint
-    logs/rank_*.log
-"""
+"""One training run from its configuration: check, build, resume, fit."""
 
 import platform
-import shutil
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import deepspeed
@@ -18,25 +10,20 @@ import torch.distributed as dist
 from rich.console import Console
 
 import megagpt
-from megagpt.config import check_batch, save_config
+from megagpt.config import check_batch
 from megagpt.config.schema import RunConfig
-from megagpt.data.atomic import replace_file
 from megagpt.data.loader import BatchLoader, TrainingData, ValidationData
 from megagpt.data.manifest import common_tokenizer
-from megagpt.errors import UsageError, UserError
+from megagpt.errors import UsageError
 from megagpt.model.counts import flops_per_token, parameter_count
 from megagpt.scaling.devices import peak_flops
+from megagpt.training import run_folder
 from megagpt.training.callbacks import Checkpointing, Evaluation, Metrics
-from megagpt.training.checkpoint import (
-    CheckpointManifest,
-    complete_checkpoints,
-    find_checkpoint,
-    newest_checkpoint,
-    read_manifest,
-)
+from megagpt.training.checkpoint import CheckpointManifest, read_manifest, verify_checksums
 from megagpt.training.collective import on_rank_0, together
 from megagpt.training.engine import Engine
-from megagpt.training.metrics import JsonLines, Sink, drop_records_after
+from megagpt.training.metrics import JsonLines, Sink
+from megagpt.training.resume import choose_checkpoint
 from megagpt.training.sinks import ConsoleSink, TensorBoardSink, WandbSink
 from megagpt.training.trainer import Trainer
 
@@ -48,44 +35,62 @@ def train(config: RunConfig, device: torch.device, console: Console) -> None:
     the user can mend.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    train_config, run_dir = config.train, Path(config.train.run_dir)
     micro_batch_size, accumulation_steps = together(
-        lambda: check_batch(train_config.global_batch_size, train_config.micro_batch_size, world_size)
+        lambda: check_batch(config.train.global_batch_size, config.train.micro_batch_size, world_size)
     )
     data, validation = together(lambda: _open_data(config, micro_batch_size, rank, world_size))
-    template = _describe(config, data, world_size)
-    checkpoint = on_rank_0(lambda: _choose_checkpoint(config, template))
-    progress = read_manifest(checkpoint) if checkpoint else template
-    if progress.step >= train_config.steps:
+    with ExitStack() as stack:
+        if_first = run_folder.locked(Path(config.train.run_dir)) if rank == 0 else nullcontext()
+        together(lambda: stack.enter_context(if_first))
+        template = _describe(config, data, world_size)
+        checkpoint = on_rank_0(lambda: choose_checkpoint(config, template))
+        progress = together(lambda: read_manifest(checkpoint)) if checkpoint else template
+        if progress.step >= config.train.steps:
+            if rank == 0:
+                done = f"{config.train.run_dir}: all {config.train.steps} steps are done"
+                console.print(f"{done}; raise train.steps to go on")
+            return
+        on_rank_0(lambda: run_folder.prepare(config, data, progress.step))
         if rank == 0:
-            console.print(f"{run_dir}: all {train_config.steps} steps are done; raise train.steps to go on")
-        return
-    on_rank_0(lambda: _prepare_run_folder(config, data, progress.step))
-    if rank == 0:
-        _print_plan(console, config, data, device, micro_batch_size, accumulation_steps, checkpoint)
+            _print_plan(console, config, data, device, micro_batch_size, accumulation_steps, checkpoint)
+        engine = together(lambda: Engine(config, micro_batch_size, accumulation_steps, device))
+        if rank == 0 and config.deepspeed:
+            console.print(f"DeepSpeed options: {engine.options}")
+        if checkpoint:
+            together(lambda: verify_checksums(checkpoint, rank, world_size))
+            engine.load(checkpoint)
+        _fit(config, engine, data, validation, template, progress, console)
+        engine.close()
 
-    engine = together(lambda: Engine(config, micro_batch_size, accumulation_steps, device))
-    if rank == 0 and config.deepspeed:
-        console.print(f"DeepSpeed options: {engine.options}")
-    if checkpoint:
-        engine.load(checkpoint)
+
+def _fit(
+    config: RunConfig,
+    engine: Engine,
+    data: TrainingData,
+    validation: dict[str, ValidationData],
+    template: CheckpointManifest,
+    progress: CheckpointManifest,
+    console: Console,
+) -> None:
+    """Hang the callbacks on the loop and run the steps after `progress`."""
+    rank, device, run_dir = dist.get_rank(), engine.device, Path(config.train.run_dir)
     metrics = Metrics(
         together(lambda: _open_sinks(config, run_dir, progress.step, console) if rank == 0 else []),
-        peak_flops(torch.cuda.get_device_name(device), train_config.precision) if device.type == "cuda" else None,
+        peak_flops(torch.cuda.get_device_name(device), config.train.precision) if device.type == "cuda" else None,
+        progress.skipped_steps,
     )
     callbacks = [metrics, Evaluation(validation, metrics), Checkpointing(run_dir / "checkpoints", template, metrics)]
     with BatchLoader(
         data,
-        global_batch_size=train_config.global_batch_size,
-        micro_batch_size=micro_batch_size,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=engine.micro_batch_size,
         rank=rank,
-        world_size=world_size,
+        world_size=dist.get_world_size(),
         start_sample=progress.consumed_samples,
-        stop_sample=train_config.steps * train_config.global_batch_size,
+        stop_sample=config.train.steps * config.train.global_batch_size,
         pin_memory=device.type == "cuda",
     ) as loader:
         Trainer(config, engine, loader, callbacks, rank).fit()
-    engine.close()
 
 
 def _open_data(
@@ -94,8 +99,9 @@ def _open_data(
     """Training data, and validation data by name. Raises UserError for what is missing, damaged or does not fit."""
     vocab_size = config.model.vocab_size
     data = TrainingData(config.data.train, config.seq_len, config.train.seed, config.data.document_mask, vocab_size)
+    names = _distinct_names([source.path for source in config.data.validation])
     validation = {
-        _validation_name(source.path): ValidationData(
+        name: ValidationData(
             source,
             config.seq_len,
             config.data.document_mask,
@@ -106,16 +112,22 @@ def _open_data(
             world_size=world_size,
             max_batches=config.evaluation.batches,
         )
-        for source in config.data.validation
+        for name, source in zip(names, config.data.validation, strict=True)
     }
     common_tokenizer([*data.datasets, *(split.dataset for split in validation.values())], vocab_size)
     return data, validation
 
 
-def _validation_name(prefix: str) -> str:
-    """data/corpus/validation is called corpus/validation in metrics."""
-    path = Path(prefix)
-    return f"{path.parent.name}/{path.name}" if path.parent.name else path.name
+def _distinct_names(prefixes: list[str]) -> list[str]:
+    """Names in metrics: the last two parts of each path (corpus/validation), more where that is not enough."""
+    parts = [Path(prefix).parts for prefix in prefixes]
+    for length in range(2, max(map(len, parts), default=0) + 1):
+        names = ["/".join(path[-length:]) for path in parts]
+        if len(set(names)) == len(names):
+            return names
+    if len(set(prefixes)) < len(prefixes):
+        raise UsageError("data.validation: names a dataset twice; give each once")
+    return prefixes
 
 
 def _describe(config: RunConfig, data: TrainingData, world_size: int) -> CheckpointManifest:
@@ -129,6 +141,8 @@ def _describe(config: RunConfig, data: TrainingData, world_size: int) -> Checkpo
         global_batch_size=config.train.global_batch_size,
         seed=config.train.seed,
         seq_len=config.seq_len,
+        document_mask=config.data.document_mask,
+        no_decay=sorted(config.optimizer.no_decay),
         data_fingerprint=data.fingerprint,
         model=config.model.model_dump(),
         versions={
@@ -140,66 +154,6 @@ def _describe(config: RunConfig, data: TrainingData, world_size: int) -> Checkpo
     )
 
 
-def _choose_checkpoint(config: RunConfig, expected: CheckpointManifest) -> Path | None:
-    """The checkpoint to continue from, None for a new run. Raises UserError if it does not fit the configuration."""
-    run_dir, resume = Path(config.train.run_dir), config.checkpoint.resume
-    if resume == "never":
-        if complete_checkpoints(run_dir / "checkpoints"):
-            raise UsageError(
-                f"checkpoint.resume=never, but {run_dir} already holds checkpoints; "
-                "choose another train.run_dir, or resume=auto to continue that run"
-            )
-        return None
-    checkpoint = newest_checkpoint(run_dir / "checkpoints") if resume == "auto" else find_checkpoint(Path(resume))
-    if checkpoint is None:
-        return None
-    _compare(checkpoint, read_manifest(checkpoint), expected)
-    return checkpoint
-
-
-_ADVICE = {
-    "data_fingerprint": "the datasets or their weights changed; give data.train as it was, or start a new run",
-    "world_size": "start as many ranks as the checkpoint was written by",
-}
-
-
-def _compare(checkpoint: Path, found: CheckpointManifest, expected: CheckpointManifest) -> None:
-    """Raise UserError naming what differs between the run that wrote `checkpoint` and this one."""
-    for key in ("seq_len", "seed", "global_batch_size", "data_fingerprint", "precision", "zero_stage", "world_size"):
-        then, now = getattr(found, key), getattr(expected, key)
-        if then != now:
-            advice = _ADVICE.get(key, "set it as it was, or start a new run in another train.run_dir")
-            raise UsageError(f"cannot resume from {checkpoint}: {key} was {then} and is now {now}; {advice}")
-    changed = [
-        f"{key} was {then} and is now {expected.model.get(key)}"
-        for key, then in found.model.items()
-        if then != expected.model.get(key)
-    ]
-    if changed:
-        raise UsageError(f"cannot resume from {checkpoint}: model.{', model.'.join(changed)}")
-
-
-def _prepare_run_folder(config: RunConfig, data: TrainingData, first_step: int) -> None:
-    """Folder, config.yaml, tokenizer; metrics of steps that will be done again are dropped."""
-    run_dir, tokenizer = Path(config.train.run_dir), data.tokenizer
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        save_config(config, run_dir / "config.yaml")
-        if tokenizer:
-            if tokenizer.file:
-                shutil.copyfile(_manifest_folder(data) / tokenizer.file, run_dir / tokenizer.file)
-            replace_file(run_dir / "tokenizer.json", (tokenizer.model_dump_json(indent=1) + "\n").encode())
-    except OSError as error:
-        raise UserError(f"train.run_dir {run_dir}: {error.strerror}: {error.filename}") from error
-    drop_records_after(run_dir / "metrics.jsonl", first_step)
-
-
-def _manifest_folder(data: TrainingData) -> Path:
-    """Folder of the first training dataset that has a manifest, and with it the vocabulary's file."""
-    folders = (Path(dataset.prefix).parent for dataset in data.datasets)
-    return next(folder for folder in folders if (folder / "manifest.json").exists())
-
-
 def _open_sinks(config: RunConfig, run_dir: Path, first_step: int, console: Console) -> list[Sink]:
     sinks: list[Sink] = [JsonLines(run_dir / "metrics.jsonl")]
     if config.logging.wandb:
@@ -207,7 +161,7 @@ def _open_sinks(config: RunConfig, run_dir: Path, first_step: int, console: Cons
             WandbSink(run_dir, config.logging.wandb_project, config.logging.wandb_mode, config.model_dump(mode="json"))
         )
     if config.logging.tensorboard:
-        sinks.append(TensorBoardSink(run_dir))
+        sinks.append(TensorBoardSink(run_dir, first_step))
     return [*sinks, ConsoleSink(config.train.steps, first_step, console)]
 
 

@@ -39,7 +39,7 @@ class ConsoleSink:
             eta = f"{duration(record['eta_seconds'])} left"
             self._progress.update(self._task, completed=record["step"], eta=eta)
 
-    def close(self) -> None:
+    def close(self, completed: bool) -> None:
         self._progress.stop()
 
 
@@ -105,6 +105,7 @@ class WandbSink:
                 mode=mode,
                 dir=str(run_dir),
                 config=config,
+                settings=wandb.Settings(silent=True),
             )
         except wandb.errors.Error as error:
             raise UserError(f"wandb does not start: {error}; choose logging.wandb_mode=offline") from error
@@ -112,8 +113,8 @@ class WandbSink:
     def write(self, record: Record) -> None:
         self._run.log(_flat(record), step=record["step"])
 
-    def close(self) -> None:
-        self._run.finish()
+    def close(self, completed: bool) -> None:
+        self._run.finish(exit_code=0 if completed else 1)
 
 
 def _in_netrc(url: str) -> bool:
@@ -139,14 +140,15 @@ def _answers(url: str) -> bool:
 class TensorBoardSink:
     """Event files in run_dir/tensorboard."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, first_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(log_dir=str(run_dir / "tensorboard"))
+        # What was logged of the steps that will be done again is hidden.
+        self._writer = SummaryWriter(log_dir=str(run_dir / "tensorboard"), purge_step=first_step + 1)
 
     def write(self, record: Record) -> None:
         for name, value in _flat(record).items():
             self._writer.add_scalar(name, value, record["step"])
 
-    def close(self) -> None:
+    def close(self, completed: bool) -> None:
         self._writer.close()

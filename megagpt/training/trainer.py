@@ -7,6 +7,7 @@ same callbacks, so that their collectives match.
 import hashlib
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -19,18 +20,19 @@ from megagpt.training.schedule import learning_rate
 
 @dataclass(frozen=True)
 class StepInfo:
-    """One finished step: its number (the first is 1), its results and where its wall time went, in seconds."""
+    """One finished step: its number (the first is 1), its results, and the seconds it waited for data."""
 
     step: int
     lr: float
     result: StepResult
     data_seconds: float
-    step_seconds: float
-    """Waiting for data, forward, backward and update together."""
 
 
 class Callback:
     """Something that hangs on the loop; override what is needed. Every method runs on every rank."""
+
+    def on_start(self, trainer: "Trainer") -> None:
+        """Before the first step."""
 
     def on_step(self, trainer: "Trainer", info: StepInfo) -> None:
         """After each optimizer step."""
@@ -72,7 +74,11 @@ class Trainer:
 
     def fit(self) -> None:
         """Run the remaining steps."""
-        try:
+        with ExitStack() as stack:
+            for callback in reversed(self.callbacks):
+                stack.callback(callback.on_end, self)
+            for callback in self.callbacks:
+                callback.on_start(self)
             started = time.perf_counter()
             for micro_batches in self.loader:
                 data_seconds = time.perf_counter() - started
@@ -80,13 +86,10 @@ class Trainer:
                 lr = learning_rate(self.step, self.config.optimizer.lr, self.config.schedule, self.config.train.steps)
                 result = self.engine.step(micro_batches, lr)
                 self.step += 1
-                info = StepInfo(self.step, lr, result, data_seconds, time.perf_counter() - started)
+                info = StepInfo(self.step, lr, result, data_seconds)
                 for callback in self.callbacks:
                     callback.on_step(self, info)
                 started = time.perf_counter()
-        finally:
-            for callback in self.callbacks:
-                callback.on_end(self)
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:

@@ -1,15 +1,21 @@
 """The launch command as users start it: alone, by torchrun, by MPI; errors are one line with the right exit code."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from megagpt.config import save_config
+from megagpt.config.schema import RunConfig
 from megagpt.data.indexed import IndexedDataset
+from megagpt.training import run_folder
+from megagpt.training.checkpoint import load_weights
 from megagpt.training.metrics import read_metrics
 from tests.distributed.jobs import losses, refusal, tiny_config, train_and_report
 
@@ -87,7 +93,8 @@ def test_missing_data_is_told_once_by_all_ranks_together(config_file):
         ({"data": {"validation": [{"path": "/nowhere/validation"}]}}, 1, ["/nowhere/validation.idx: no such file"]),
         ({"model": {"vocab_size": 64}}, 1, ["holds token id", "64 ids"]),
         ({"train": {"run_dir": "/proc/run"}}, 1, ["/proc/run"]),
-        ({"deepspeed": {"zero_optimization": {"stage": 7}}}, 2, ["section deepspeed", "stage=7"]),
+        ({"deepspeed": {"zero_optimization": {"stage": 3}}}, 2, ["section deepspeed", "parallel.zero_stage"]),
+        ({"deepspeed": {"zero_optimization": {"reduce_bucket_size": "x"}}}, 2, ["section deepspeed", "reduce_bucket"]),
     ],
 )
 def test_what_cannot_be_trained_is_refused_on_every_rank(sections, code, words, two_ranks, corpus, tmp_path):
@@ -111,19 +118,28 @@ def test_tokenizer_larger_than_the_model_is_refused(one_rank, corpus, tmp_path):
     assert "tokenizer gpt2 has 50257 ids, but the model knows 97" in message
 
 
+@pytest.mark.parametrize("grad_clip", [0.0, 1.0])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_non_finite_gradients_are_skipped_counted_and_leave_the_weights_alone(zero_stage, two_ranks, corpus, tmp_path):
+def test_non_finite_gradients_are_skipped_counted_and_leave_the_weights_alone(
+    zero_stage, precision, grad_clip, two_ranks, corpus, tmp_path
+):
     config = tiny_config(
         corpus,
         tmp_path / "run",
-        optimizer={"lr": 1e30, "grad_clip": 0.0},
+        train={"precision": precision, "steps": 4},
+        optimizer={"lr": 1e30, "grad_clip": grad_clip, "weight_decay": 0.0},
         schedule={"name": "constant", "warmup_steps": 0},
         parallel={"zero_stage": zero_stage},
         data={"validation": []},
+        checkpoint={"every": 1, "keep": 4},
     )
     records = [r for r in two_ranks.run(train_and_report, config)[0] if r["kind"] == "train"]
-    assert records[0]["skipped_steps"] == 0
-    assert records[-1]["skipped_steps"] == 19
+    assert [record["skipped_steps"] for record in records] == [0, 1, 2, 3]
+    assert records[-1]["grad_norm"] is None  # inf
+    folder = tmp_path / "run/checkpoints"
+    first, last = load_weights(folder / "step_00000001"), load_weights(folder / "step_00000004")
+    assert all(torch.equal(first[name], last[name]) for name in first)
 
 
 def test_mirrors_are_written(one_rank, corpus, tmp_path):
@@ -132,14 +148,56 @@ def test_mirrors_are_written(one_rank, corpus, tmp_path):
         tmp_path / "run",
         train={"steps": 6},
         logging={"tensorboard": True, "wandb": True, "wandb_mode": "offline"},
+        checkpoint={"every": 3},
     )
     one_rank.run(train_and_report, config)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(tmp_path / "run/tensorboard"))
     events.Reload()
+    longer = config.model_copy(update={"train": config.train.model_copy(update={"steps": 8})})
+    shutil.rmtree(tmp_path / "run/checkpoints/step_00000006")  # as if the run had been killed after step 3
+    one_rank.run(train_and_report, longer)
+    events.Reload()
     truth = [r["loss"] for r in read_metrics(tmp_path / "run/metrics.jsonl") if r["kind"] == "train"]
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 9))
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(truth, rel=1e-6)
     offline = list((tmp_path / "run/wandb").glob("offline-run-*/*.wandb"))
-    assert len(offline) == 1
+    assert len(offline) == 2
+    assert len({path.name for path in offline}) == 1  # one run, of which the second start is a part
     assert offline[0].stat().st_size > 1000
+
+
+def test_validation_datasets_of_equal_names_are_all_evaluated(one_rank, corpus, tmp_path):
+    for name in ("x", "y"):
+        shutil.copytree(corpus, tmp_path / name / "corpus")
+    sources = [{"path": str(tmp_path / name / "corpus/validation")} for name in ("x", "y")]
+    config = tiny_config(corpus, tmp_path / "run", data={"validation": sources})
+    records = [r for r in one_rank.run(train_and_report, config)[0] if r["kind"] == "validation"]
+    assert [record["dataset"] for record in records] == ["x/corpus/validation", "y/corpus/validation"]
+    assert records[0]["loss"] == records[1]["loss"]
+
+
+def missing_on_rank_1(config) -> tuple[str, int]:
+    """As `refusal`, but rank 1 cannot see the validation data."""
+    if dist.get_rank() == 1:
+        sources = [{"path": "/nowhere/validation"}]
+        config = RunConfig.model_validate(
+            config.model_dump() | {"data": config.data.model_dump() | {"validation": sources}}
+        )
+    return refusal(config)
+
+
+def test_what_one_rank_alone_cannot_find_ends_all_ranks_and_names_that_rank(two_ranks, corpus, tmp_path):
+    answers = two_ranks.run(missing_on_rank_1, tiny_config(corpus, tmp_path / "run"))
+    assert answers[0] == answers[1]
+    assert "/nowhere/validation.idx: no such file" in answers[0][0]
+    assert answers[0][0].endswith("(on rank 1 only)")
+
+
+def test_a_second_run_in_the_same_folder_is_refused_with_the_first_ones_name(one_rank, corpus, tmp_path):
+    with run_folder.locked(tmp_path / "run"):
+        message, code = one_rank.run(refusal, tiny_config(corpus, tmp_path / "run"))[0]
+    assert code == 1
+    assert f"another run is writing to it (process {os.getpid()} on" in message
+    assert one_rank.run(refusal, tiny_config(corpus, tmp_path / "run"))[0] == ("trained", 0)

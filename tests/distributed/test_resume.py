@@ -14,6 +14,7 @@ import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from megagpt.config import save_config
+from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
 from megagpt.training.checkpoint import complete_checkpoints, load_weights, newest_checkpoint
 from megagpt.training.metrics import read_metrics
@@ -143,10 +144,67 @@ def test_damaged_checkpoint_is_passed_over_for_the_one_before(one_rank, corpus, 
     os.truncate(shard, shard.stat().st_size - 1)
     assert newest_checkpoint(tmp_path / "run/checkpoints").name == "step_00000016"
     assert losses(one_rank.run(train_and_report, config)[0]) == whole
-    message, code = one_rank.run(refusal, tiny_config(corpus, tmp_path / "other", checkpoint={"resume": str(newest)}))[
-        0
-    ]
-    assert (message, code) == ("trained", 0)  # it was written anew by the resumed run
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+def test_one_flipped_byte_is_noticed_before_it_is_trained_on(zero_stage, two_ranks, corpus, tmp_path):
+    config = tiny_config(corpus, tmp_path / "run", train={"steps": 6}, parallel={"zero_stage": zero_stage})
+    two_ranks.run(train_and_report, config)
+    checkpoint = tmp_path / "run/checkpoints/step_00000006"
+    shard = max((checkpoint / "deepspeed").iterdir(), key=lambda path: path.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    longer = tiny_config(corpus, tmp_path / "run", parallel={"zero_stage": zero_stage})
+    message, code = two_ranks.run(refusal, longer)[0]
+    assert code == 1
+    assert f"{shard.relative_to(checkpoint)} is not what was written" in message
+    with pytest.raises(UserError, match="checksum differs"):
+        load_weights(checkpoint)
+
+
+def test_run_whose_checkpoints_are_all_damaged_does_not_start_anew_over_them(one_rank, corpus, tmp_path):
+    config = tiny_config(corpus, tmp_path / "run", checkpoint={"every": 10})
+    one_rank.run(train_and_report, config)
+    for checkpoint in complete_checkpoints(tmp_path / "run/checkpoints"):
+        (checkpoint / "manifest.json").write_text("{")
+    message, code = one_rank.run(refusal, config)[0]
+    assert code == 1
+    assert "every checkpoint in it is damaged" in message
+
+
+def test_named_checkpoint_of_another_run_is_continued_once(one_rank, corpus, tmp_path):
+    whole = losses(one_rank.run(train_and_report, tiny_config(corpus, tmp_path / "run", checkpoint={"every": 8}))[0])
+    source = tmp_path / "run/checkpoints/step_00000016"
+    named = {"resume": str(source), "every": 2}
+    branch = losses(one_rank.run(train_and_report, tiny_config(corpus, tmp_path / "branch", checkpoint=named))[0])
+    assert branch == whole[16:]
+    again = one_rank.run(train_and_report, tiny_config(corpus, tmp_path / "branch", checkpoint=named))[0]
+    assert losses(again) == branch  # it continued from its own last checkpoint: nothing was left to do
+
+
+def test_older_checkpoint_of_the_same_run_is_not_continued_over_the_newer_one(one_rank, corpus, tmp_path):
+    one_rank.run(train_and_report, tiny_config(corpus, tmp_path / "run", checkpoint={"every": 8}))
+    older = tmp_path / "run/checkpoints/step_00000016"
+    message, code = one_rank.run(refusal, tiny_config(corpus, tmp_path / "run", checkpoint={"resume": str(older)}))[0]
+    assert code == 2
+    assert "step_00000020 is newer" in message
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_optimizer_settings_changed_at_a_resume_are_those_that_are_used(zero_stage, one_rank, corpus, tmp_path):
+    def run(name: str, **optimizer: object) -> list[float]:
+        config = tiny_config(
+            corpus, tmp_path / name, optimizer=optimizer, parallel={"zero_stage": zero_stage}, checkpoint={"every": 10}
+        )
+        return losses(one_rank.run(train_and_report, config)[0])
+
+    plain = run("plain")
+    shutil.copytree(tmp_path / "plain", tmp_path / "changed")
+    shutil.rmtree(tmp_path / "changed/checkpoints/step_00000020")
+    changed = run("changed", weight_decay=5.0, betas=[0.5, 0.5])
+    assert changed[:11] == plain[:11]
+    assert changed[-1] != pytest.approx(plain[-1], abs=1e-3)
 
 
 def test_only_the_newest_checkpoints_are_kept_and_latest_names_the_last(one_rank, corpus, tmp_path):
@@ -184,9 +242,11 @@ def finished_run(one_rank, corpus, tmp_path_factory) -> Path:
         ({"model": {"num_layers": 3}}, ["model.num_layers was 2 and is now 3"]),
         ({"train": {"seed": 5}}, ["seed was 0 and is now 5"]),
         ({"train": {"global_batch_size": 16}}, ["global_batch_size was 8 and is now 16"]),
+        ({"data": {"document_mask": True}}, ["document_mask was False and is now True"]),
+        ({"optimizer": {"no_decay": []}}, ["no_decay was"]),
         ({"data": {"seq_len": 16}}, ["seq_len was 32 and is now 16"]),
         ({"train": {"precision": "bf16"}}, ["precision was fp32 and is now bf16"]),
-        ({"checkpoint": {"resume": "never"}}, ["already holds checkpoints", "choose another train.run_dir"]),
+        ({"checkpoint": {"resume": "never"}}, ["already holds a run", "choose another train.run_dir"]),
         ({"checkpoint": {"resume": "/nowhere"}}, ["/nowhere: no such run folder or checkpoint"]),
     ],
 )

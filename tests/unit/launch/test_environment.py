@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.environment import discover, port_of_job, tasks_per_node
+from launch.environment import discover, port_of_step, tasks_per_node
 from launch.process import cpu_threads
 from megagpt.errors import UsageError
 
@@ -58,12 +58,38 @@ def test_slurm_tasks_with_uneven_nodes():
         "SLURM_STEP_NODELIST": "node7",
         "SLURM_STEP_TASKS_PER_NODE": "2(x2),1",
         "SLURM_JOB_ID": "123456",
+        "SLURM_STEP_ID": "2",
     }
-    assert place(variables) == (4, 0, 5, 1, "node7", port_of_job(123456))
+    assert place(variables) == (4, 0, 5, 1, "node7", port_of_step(123456, 2))
 
 
 def test_a_slurm_allocation_without_srun_is_one_process():
     assert place({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_JOB_ID": "7"})[:4] == (0, 0, 1, 1)
+
+
+def test_mpiexec_inside_a_slurm_allocation_is_mpi():
+    allocation = {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_JOB_ID": "7", "SLURM_NODEID": "0"}
+    proxies = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_LOCALID": "0"}
+    hydra = {"PMI_SIZE": "8", "PMI_RANK": "5", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}
+    assert place(allocation | hydra | RENDEZVOUS)[:4] == (5, 1, 8, 4)
+    assert place(allocation | proxies | hydra | RENDEZVOUS)[:4] == (5, 1, 8, 4)
+
+
+def test_srun_with_pmi2_is_slurm():
+    slurm = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_NUM_TASKS": "4"}
+    slurm |= {"SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_STEP_NODELIST": "n1", "PMI_SIZE": "4", "PMI_RANK": "3"}
+    assert place(slurm)[:4] == (3, 1, 4, 2)
+
+
+def test_a_batch_script_that_forgets_srun_is_told_so():
+    with pytest.raises(UsageError, match="start the command with srun"):
+        discover({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "7"})
+
+
+def test_task_counts_that_do_not_cover_the_node_are_named():
+    slurm = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NODEID": "5", "SLURM_STEP_NUM_TASKS": "4"}
+    with pytest.raises(UsageError, match="say nothing of node 5"):
+        discover(slurm | {"SLURM_STEP_TASKS_PER_NODE": "2(x2)", "SLURM_STEP_NODELIST": "n1"})
 
 
 @pytest.mark.parametrize(

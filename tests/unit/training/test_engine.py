@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from megagpt.config.schema import RunConfig
+from megagpt.errors import UsageError
 from megagpt.model.gpt import GPT
 from megagpt.model.init import parameter_kind
 from megagpt.training.engine import deepspeed_options, missing_for_compile
@@ -38,6 +39,20 @@ def test_raw_options_are_merged_last_and_deep():
     assert options["zero_optimization"]["reduce_bucket_size"] == 1000
     assert options["zero_optimization"]["stage"] == 2
     assert options["wall_clock_breakdown"] is True
+
+
+@pytest.mark.parametrize(
+    ("raw", "owner"),
+    [
+        ({"zero_optimization": {"stage": 3}}, "parallel.zero_stage"),
+        ({"train_batch_size": 8}, "train.global_batch_size"),
+        ({"bf16": {"enabled": False}}, "train.precision"),
+        ({"optimizer": {"type": "Adam"}}, "the section optimizer"),
+    ],
+)
+def test_raw_options_that_contradict_the_configuration_are_refused(raw, owner):
+    with pytest.raises(UsageError, match=f"is set by {owner}"):
+        deepspeed_options(config(deepspeed=raw), 1, 1, CPU)
 
 
 def test_offload_goes_to_host_memory_and_needs_no_compiled_optimizer():

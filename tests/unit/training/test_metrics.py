@@ -13,7 +13,7 @@ def write(path, records):
     sink = JsonLines(path)
     for record in records:
         sink.write(record)
-    sink.close()
+    sink.close(completed=True)
 
 
 def test_records_come_back_in_order_over_two_openings(tmp_path):
@@ -35,8 +35,8 @@ def test_a_line_cut_short_by_a_kill_is_left_out_and_later_lines_stay_whole(tmp_p
 
 def test_damage_in_the_middle_is_named_with_its_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step":\n{"step": 3}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl:2: not a JSON object"):
+    path.write_text('{"kind": "train", "step": 1}\n{"step":\n{"kind": "train", "step": 3}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: not a record of metrics"):
         list(read_metrics(path))
 
 
@@ -76,3 +76,11 @@ def test_console_line_shows_skipped_steps_and_mfu_only_when_there_are_some():
     busy = describe(record | {"mfu": 0.523, "skipped_steps": 2}, 200)
     assert "mfu 52.3%" in busy
     assert "skipped 2" in busy
+
+
+def test_numbers_that_are_not_finite_are_null_so_that_every_line_is_json(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, [{"kind": "train", "step": 1, "loss": float("nan"), "grad_norm": float("inf"), "lr": 0.5}])
+    (line,) = path.read_text().splitlines()
+    record = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert record == {"kind": "train", "step": 1, "loss": None, "grad_norm": None, "lr": 0.5}
