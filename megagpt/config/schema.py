@@ -185,7 +185,7 @@ class TrainConfig(Section):
     seed: int = Field(0, ge=0)
     """Seed of initial weights, sample order and dropout."""
     compile: bool = True
-    """Whether to compile the model's blocks with torch.compile."""
+    """Whether to compile the model's blocks and loss with torch.compile; at parallel.zero_stage 3 the loss only."""
     activation_checkpointing: bool = False
     """Whether blocks recompute their activations in backward: about a third more compute for much less memory."""
 

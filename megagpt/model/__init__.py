@@ -4,7 +4,7 @@ Nothing here knows DeepSpeed, process groups or configuration files.
 """
 
 from megagpt.model.counts import flops_per_token, parameter_count
-from megagpt.model.gpt import GPT, compile_blocks
+from megagpt.model.gpt import GPT, compile_blocks, compile_loss
 from megagpt.model.init import initialize_weights, parameter_kind
 from megagpt.model.loss import IGNORE_INDEX
 
@@ -12,6 +12,7 @@ __all__ = [
     "GPT",
     "IGNORE_INDEX",
     "compile_blocks",
+    "compile_loss",
     "flops_per_token",
     "initialize_weights",
     "parameter_count",

@@ -128,7 +128,11 @@ class GPT(nn.Module):
 
 
 def compile_blocks(model: GPT) -> None:
-    """Compile in place what takes the time, at first use: the block, once for all layers, and the loss of a chunk."""
+    """Compile the block in place at its first use, once for all layers."""
     for block in model.blocks:
         block.compile()
+
+
+def compile_loss(model: GPT) -> None:
+    """Compile the loss of a chunk in place at its first use."""
     model.loss_kernels = EAGER_KERNELS.compiled()

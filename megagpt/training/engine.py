@@ -30,7 +30,7 @@ from megagpt.config.schema import RunConfig
 from megagpt.data.loader import Batch
 from megagpt.data.samples import IGNORE_INDEX
 from megagpt.errors import UsageError, UserError
-from megagpt.model.gpt import GPT, compile_blocks
+from megagpt.model.gpt import GPT, compile_blocks, compile_loss
 from megagpt.model.init import initialize_weights, parameter_kind
 from megagpt.training.optimizer import build_optimizer, parameter_groups
 
@@ -136,7 +136,11 @@ class Engine:
             if missing := missing_for_compile():
                 logger.warning("training uncompiled, which is slower: torch.compile needs %s", missing)
             else:
-                compile_blocks(self._engine.module)
+                compile_loss(self._engine.module)
+                # At stage 3 DeepSpeed's hooks gather weights before every submodule: each would break the block's
+                # graph and, with guards of their own, compile it anew until torch gives up.
+                if self.zero_stage < 3:
+                    compile_blocks(self._engine.module)
 
     @property
     def module(self) -> nn.Module:

@@ -92,11 +92,12 @@ def test_gradients_of_many_bf16_micro_batches_are_summed_in_fp32(zero_stage, two
     assert grad_norm("bf16", precision="bf16", micro_batch_size=1) == pytest.approx(exact, rel=1e-3)
 
 
-def test_compiled_and_offloaded_and_checkpointed_runs_train_alike(one_rank, corpus, tmp_path, reference):
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_compiled_and_offloaded_and_checkpointed_runs_train_alike(zero_stage, one_rank, corpus, tmp_path, reference):
     config = tiny_config(
         corpus,
         tmp_path / "run",
-        parallel={"zero_stage": 2, "offload_optimizer": True},
+        parallel={"zero_stage": zero_stage, "offload_optimizer": True},
         train={"compile": True, "activation_checkpointing": True},
     )
     assert losses(one_rank.run(train_and_report, config)[0]) == pytest.approx(reference, abs=1e-5)

@@ -9,9 +9,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from megagpt.config import ModelConfig
 from megagpt.inference.generate import generate
 from megagpt.inference.sampling import Sampling
-from megagpt.model import GPT, compile_blocks, initialize_weights
+from megagpt.model import GPT, compile_blocks, compile_loss, initialize_weights
 from megagpt.model.embedding import Embedding
-from megagpt.model.loss import LossKernels
 from tests.unit.model.configs import FAMILIES, GPT2, LLAMA, build, tokens
 
 families = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
@@ -92,6 +91,7 @@ def test_compiled_model_gives_the_eager_loss_and_gradients():
     model, ids = build(config), tokens(config)
     expected_loss, expected = model(ids, ids), gradients(model, ids)
     compile_blocks(model)
+    compile_loss(model)
     torch.testing.assert_close(gradients(model, ids), expected, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(model(ids, ids), expected_loss)
 
@@ -101,7 +101,6 @@ def test_all_layers_share_the_code_compiled_for_the_first(config, monkeypatch):
     torch.compiler.reset()
     counter, compile_module = CompileCounterWithBackend("aot_eager"), torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module: compile_module(module, backend=counter))
-    monkeypatch.setattr(LossKernels, "compiled", lambda kernels: kernels)
     model, ids = build(config), tokens(config)
     expected = gradients(model, ids)
     compile_blocks(model)
