@@ -28,7 +28,7 @@ $(STAMP): setup.py constraints.txt
 quickstart: setup ## from Python's own text to samples of a small GPT, in a few minutes
 	@$(BIN)/python -m tools.quickstart
 
-test: setup ## the whole test suite; what needs a GPU or Slurm is skipped where there is none
+test: setup ## the whole test suite; what needs a GPU is skipped where there is none
 	@$(BIN)/python -m pytest
 
 lint: setup ## ruff (lint and format) and mypy
