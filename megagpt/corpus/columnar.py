@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from megagpt.corpus.records import BadRecord, BadRecordError, Document, ReadCount, checked, decode_utf8
-from megagpt.corpus.sources import Piece
+from megagpt.corpus.sources import Piece, one_line
 from megagpt.errors import UserError
 
 DAMAGED_FILE = "damaged file"
@@ -29,7 +29,7 @@ def read_parquet(raw: IO[bytes], piece: Piece, text_key: str, count: ReadCount) 
     """
     try:
         file = pq.ParquetFile(raw)
-        _check_column(file.schema_arrow, text_key, piece.file.name)
+        _check_column(file.schema_arrow, text_key, one_line(piece.file.name))
     except _DAMAGE_ERRORS as error:
         if piece.start == 0:  # once for the file
             yield _damaged(0, error)
@@ -58,7 +58,7 @@ def read_arrow(piece: Piece, text_key: str, count: ReadCount) -> Iterator[Docume
             else:
                 stream = pa.ipc.open_stream(content)
                 schema, batches = stream.schema, iter(stream)
-            _check_column(schema, text_key, piece.file.name)
+            _check_column(schema, text_key, one_line(piece.file.name))
         except _DAMAGE_ERRORS as error:
             yield _damaged(0, error)
             return

@@ -19,7 +19,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
 
-from megagpt.corpus.workspace import Receipt, is_being_written, read_receipt, write_folder
+from megagpt.corpus.workspace import Receipt, disk_error, is_being_written, read_receipt, write_folder
 from megagpt.errors import UserError
 
 _SECONDS_BETWEEN_CHECKS = 1.0
@@ -118,8 +118,7 @@ def _run_task(target: Path, task: Task) -> Receipt:
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     except OSError as error:
-        name = f"{error.filename}: " if error.filename else ""
-        raise UserError(f"{where}: {name}{error.strerror or error}; run the same command again to go on") from error
+        raise UserError(f"{where}: {disk_error(error, target.parent.parent)}") from error
     except MemoryError as error:
         raise UserError(f"{where}: out of memory; run the same command again with fewer --workers") from error
     except Exception as error:

@@ -10,7 +10,7 @@ import contextlib
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from megagpt.corpus.config import CorpusConfig
@@ -19,18 +19,19 @@ from megagpt.corpus.executor import LocalPool, Observer, Pool, Progress, StageRe
 from megagpt.corpus.extract import ExtractTask
 from megagpt.corpus.merge import write_split
 from megagpt.corpus.near import BandTask, ClustersTask, SignaturesTask
+from megagpt.corpus.output import REPORT_NAME, check_replaceable, finished, publishing, reserved, run_folders
 from megagpt.corpus.plan import Plan, make_plan
-from megagpt.corpus.quarantine import check_bad_ratio, write_quarantine
+from megagpt.corpus.quarantine import QUARANTINE_NAME, check_bad_ratio, write_quarantine
 from megagpt.corpus.removed import write_removed
 from megagpt.corpus.report import Report, StageTime, render_html
 from megagpt.corpus.select import SPLITS, SelectTask
 from megagpt.corpus.tokenize import TokenizeTask
-from megagpt.corpus.workspace import open_workspace
-from megagpt.data.atomic import fsync_path
+from megagpt.corpus.workspace import disk_error, open_workspace
 from megagpt.data.indexed import token_dtype
-from megagpt.data.manifest import FILE_NAME, FileChecksum, Manifest, SplitInfo, TokenizerInfo
-from megagpt.errors import UsageError, UserError
+from megagpt.data.manifest import FileChecksum, Manifest, SplitInfo, TokenizerInfo
+from megagpt.errors import UserError
 from megagpt.tokenizer import Tokenizer, load_tokenizer
+from megagpt.tokenizer.ranks import write_rank_file
 
 
 def preprocess(
@@ -50,18 +51,20 @@ def preprocess(
             folder, and the next call goes on from there.
     """
     start = time.monotonic()
+    output, work_dir = run_folders(config)
     tokenizer = load_tokenizer(config.tokenizer, config.execution.vocab_dir)
-    _check_folders(config)
-    plan = make_plan(config, tokenizer)
-    output, work_dir = Path(config.output), _work_dir(config)
-    if not overwrite and (manifest := _finished(output, plan)):
-        return Report(output, manifest.counts, manifest.splits, seconds=time.monotonic() - start)
-    _check_replaceable(output, overwrite)
+    plan = make_plan(config, tokenizer, written=(output, work_dir))
+    if not overwrite and (manifest := finished(output, plan.hash)):
+        counts = manifest.counts
+        check_bad_ratio(output / QUARANTINE_NAME, counts["bad"], counts["documents"], config.max_bad)
+        return Report(Path(config.output), counts, manifest.splits, seconds=time.monotonic() - start)
     workers = min(config.execution.workers or len(os.sched_getaffinity(0)), len(plan.chunks))
     with contextlib.ExitStack() as stack:
+        stack.enter_context(reserved(output))
+        check_replaceable(output, overwrite)
         folder = stack.enter_context(open_workspace(work_dir / f"{plan.hash[:16]}-{plan.chunk_bytes}"))
         run = _Run(config, plan, tokenizer, folder, pool or stack.enter_context(LocalPool(workers)), observe)
-        report = run.make(output, start)
+        report = run.make(output, overwrite, start)
         shutil.rmtree(folder)
     with contextlib.suppress(OSError):  # other runs' folders are in it
         work_dir.rmdir()
@@ -78,7 +81,7 @@ class _Run:
         self.folder, self.pool, self.observe = folder, pool, observe
         self.times: list[StageTime] = []
 
-    def make(self, output: Path, start: float) -> Report:
+    def make(self, output: Path, overwrite: bool, start: float) -> Report:
         """Make the dataset and publish it as `output`; `start` is when the run began, in time.monotonic's seconds."""
         config = self.config
         extract = self._stage(
@@ -86,9 +89,9 @@ class _Run:
             [ExtractTask(chunk, config.text_key, config.clean, config.dedup) for chunk in self.plan.chunks],
         )
         chunks = extract.folders
-        quarantine = self.folder / "quarantine.jsonl"
-        bad = write_quarantine(quarantine, chunks, self.plan.files)
-        check_bad_ratio(quarantine, bad, extract.total("documents"), config.max_bad)
+        quarantine = self.folder / QUARANTINE_NAME
+        bad = self._quarantine(quarantine, chunks)
+        check_bad_ratio(quarantine, extract.total("bad"), extract.total("documents"), config.max_bad)
         select = self._select(chunks)
         tokenize = self._tokenize(extract, select.folders[0])
 
@@ -105,13 +108,20 @@ class _Run:
             "kept": select.total("kept"),
             "kept_text_bytes": tokenize.total("text_bytes"),
         }
-        with _publishing(output, self.plan) as aside:
+        with publishing(output, self.plan.hash, overwrite) as aside:
             splits = self._write(aside, tokenize.folders)
             write_removed(aside / "removed.jsonl.zst", select.folders[0], chunks, self.plan.files)
-            shutil.copyfile(quarantine, aside / "quarantine.jsonl")
-            report = Report(output, counts, splits, self.times, time.monotonic() - start)
+            shutil.copyfile(quarantine, aside / QUARANTINE_NAME)
+            report = Report(Path(config.output), counts, splits, self.times, time.monotonic() - start)
             self._describe(aside, report, bad)
         return report
+
+    def _quarantine(self, path: Path, chunks: list[Path]) -> dict[str, int]:
+        """Write the list of what could not be read; return the number of records by reason."""
+        try:
+            return write_quarantine(path, chunks, self.plan.files)
+        except OSError as error:
+            raise UserError(f"work folder {self.folder}: {disk_error(error, self.folder)}") from error
 
     def _select(self, chunks: list[Path]) -> StageResult:
         """Find the duplicates and decide about every document."""
@@ -139,6 +149,8 @@ class _Run:
                     first_document=first_document,
                     select=select,
                     tokenizer=config.tokenizer,
+                    vocab_sha256=self.tokenizer.vocab_sha256,
+                    dtype=token_dtype(self.tokenizer.vocab_size).str,
                     vocab_dir=config.execution.vocab_dir,
                     shuffle=config.shuffle,
                     seed=config.seed,
@@ -172,10 +184,10 @@ class _Run:
         copy = None
         if tokenizer.path is not None:
             copy = f"tokenizer{tokenizer.path.suffix}"
-            shutil.copyfile(tokenizer.path, folder / copy)
+            write_rank_file(tokenizer.ranks, folder / copy)  # and not what its file may have become meanwhile
         checksums = {path.name: FileChecksum.of(path) for path in sorted(folder.iterdir())}
         page = render_html(report, plan.config, plan.versions, bad, plan.hash)
-        (folder / "report.html").write_text(page, encoding="utf-8")
+        (folder / REPORT_NAME).write_text(page, encoding="utf-8", errors="backslashreplace")
         Manifest(
             tokenizer=TokenizerInfo(
                 name=self.config.tokenizer,
@@ -191,67 +203,3 @@ class _Run:
             versions=plan.versions,
             plan_hash=plan.hash,
         ).save(folder)
-
-
-def _work_dir(config: CorpusConfig) -> Path:
-    return Path(config.execution.work_dir or f"{Path(config.output)}.work")
-
-
-def _check_folders(config: CorpusConfig) -> None:
-    """UsageError if the run would read what it writes."""
-    for folder in map(Path, config.input):
-        if not folder.is_dir():
-            continue
-        for option, path in (("--output", Path(config.output)), ("--work-dir", _work_dir(config))):
-            if path.resolve().is_relative_to(folder.resolve()):
-                raise UsageError(f"{option} {path}: lies in the input folder {folder}; choose one outside")
-
-
-def _finished(output: Path, plan: Plan) -> Manifest | None:
-    """The manifest of the finished dataset of this plan, if `output` is one, with all files in their full size."""
-    manifest = Manifest.load(output) if output.is_dir() else None
-    if manifest is None or manifest.plan_hash != plan.hash:
-        return None
-    for name, checksum in manifest.checksums.items():
-        path = output / name
-        if not path.is_file() or path.stat().st_size != checksum.size:
-            raise UserError(f"{path}: not as the manifest beside it says; give --overwrite to make the dataset again")
-    return manifest
-
-
-def _check_replaceable(output: Path, overwrite: bool) -> None:
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return
-    if not (output / FILE_NAME).is_file():
-        raise UserError(f"output {output}: exists, and is not a token dataset; choose another")
-    if not overwrite:
-        raise UserError(
-            f"output {output}: exists, made from other input or with other options; choose another, or give --overwrite"
-        )
-
-
-@contextlib.contextmanager
-def _publishing(output: Path, plan: Plan) -> Iterator[Path]:
-    """A folder to write into that becomes `output` if all goes well."""
-    aside = output.with_name(f".{output.name}.{plan.hash[:16]}")
-    old = output.with_name(f"{aside.name}.old")
-    try:
-        for remains in (aside, old):
-            if remains.exists():
-                shutil.rmtree(remains)
-        aside.mkdir(parents=True)
-        yield aside
-        for path in aside.iterdir():
-            fsync_path(path)
-        fsync_path(aside)
-        if output.exists():
-            output.rename(old)
-        aside.rename(output)
-        fsync_path(output.parent)
-        if old.exists():
-            shutil.rmtree(old)
-    except OSError as error:
-        raise UserError(f"output {output}: {error.filename or aside}: {error.strerror or error}") from error
-    finally:
-        if aside.exists():
-            shutil.rmtree(aside)

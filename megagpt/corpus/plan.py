@@ -10,12 +10,16 @@ import json
 import unicodedata
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import megagpt
 from megagpt.corpus.config import CorpusConfig
 from megagpt.corpus.sources import LIBRARIES_OF_KIND, Kind, Piece, SourceFile, find_files
 from megagpt.tokenizer import Tokenizer
+
+PIPELINE_VERSION = 1
+"""Part of every plan's hash; raised when a change of the code changes what comes out."""
 
 _LIBRARIES = ("datasketch", "ftfy", "numpy", "scipy", "tiktoken", "xxhash", "zstandard")
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 1 << 20, 1 << 26
@@ -48,17 +52,19 @@ class Plan:
     """sha256 of files, configuration, tokenizer and versions, in hexadecimal digits."""
 
 
-def make_plan(config: CorpusConfig, tokenizer: Tokenizer) -> Plan:
-    """Find the input and plan the run. A file counts as changed if its path, size or time of change differs.
+def make_plan(config: CorpusConfig, tokenizer: Tokenizer, written: Sequence[Path] = ()) -> Plan:
+    """Find the input, leaving out the folders `written` by the run, and plan the run.
 
+    A file counts as changed if its path, size or time of change differs.
     UserError: the input cannot be found or read.
     """
-    files = find_files(config.input)
+    files = find_files(config.input, written)
     settings = config.model_dump(mode="json", exclude={"output", "max_bad", "execution"})
     versions = library_versions({file.kind for file in files})
     identity = {
-        "config": settings,
-        "files": [[file.name, file.size, file.mtime_ns, file.found_in_folder] for file in files],
+        "pipeline": PIPELINE_VERSION,
+        "config": {key: value for key, value in settings.items() if key != "input"},  # the files are what it means
+        "files": [[file.name, file.size, file.mtime_ns, file.found_in_folder, file.obstacle] for file in files],
         "vocabulary": [tokenizer.vocab_sha256, tokenizer.vocab_size, tokenizer.eod_id],
         "versions": versions,
     }

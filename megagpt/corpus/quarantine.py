@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from megagpt.corpus.records import HARMLESS
-from megagpt.corpus.sources import SourceFile
+from megagpt.corpus.sources import SourceFile, one_line
 from megagpt.errors import UserError
+
+QUARANTINE_NAME = "quarantine.jsonl"
 
 
 def write_quarantine(path: Path, chunks: Sequence[Path], files: Sequence[SourceFile]) -> dict[str, int]:
@@ -25,17 +27,17 @@ def write_quarantine(path: Path, chunks: Sequence[Path], files: Sequence[SourceF
     return dict(reasons.most_common())
 
 
-def check_bad_ratio(path: Path, reasons: dict[str, int], documents: int, max_bad: float) -> None:
-    """UserError if more than `max_bad`, 0 to 1, of documents and bad records are bad, with the first of them."""
-    bad = sum(count for reason, count in reasons.items() if reason not in HARMLESS)
+def check_bad_ratio(path: Path, bad: int, documents: int, max_bad: float) -> None:
+    """UserError if `bad` of `documents` + `bad` records exceeds the share `max_bad`; shows the first in `path`."""
     if bad <= max_bad * (documents + bad):
         return
     with open(path, encoding="utf-8") as file:
         first = next(record for record in map(json.loads, file) if record["reason"] not in HARMLESS)
     place = next(f"{unit} {first[unit]}" for unit in ("line", "row", "byte") if first[unit] is not None)
+    where = f"{one_line(first['file'])}, {place}"
     raise UserError(
         f"{bad:,} of {documents + bad:,} documents cannot be read ({bad / (documents + bad):.1%}, more than --max-bad "
-        f"{max_bad}); the first: {first['file']}, {place}: {first['reason']} ({first['detail']}); all of them: {path}; "
+        f"{max_bad}); the first: {where}: {first['reason']} ({first['detail']}); all of them: {path}; "
         "mend the input, or raise --max-bad to go on without them"
     )
 

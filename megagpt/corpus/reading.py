@@ -16,6 +16,7 @@ from megagpt.corpus.records import (
     BINARY,
     DAMAGED,
     EMPTY,
+    NO_FILE,
     BadRecord,
     BadRecordError,
     Document,
@@ -23,7 +24,7 @@ from megagpt.corpus.records import (
     checked,
     decode_utf8,
 )
-from megagpt.corpus.sources import Piece, SourceFile
+from megagpt.corpus.sources import Piece, SourceFile, one_line
 from megagpt.corpus.web import main_text, read_warc
 from megagpt.errors import UserError
 
@@ -37,6 +38,9 @@ def read_piece(piece: Piece, text_key: str, count: ReadCount) -> Iterator[Docume
     Pieces that cover a file give each of its records once, wherever they are cut.
     OSError: the file cannot be read. UserError: it is not what was planned, or has no column `text_key`.
     """
+    if piece.file.obstacle:
+        yield BadRecord(0, None, NO_FILE, piece.file.obstacle)
+        return
     with open(piece.file.name, "rb") as raw:
         _check_unchanged(piece.file, os.fstat(raw.fileno()))
         if piece.file.size == 0:
@@ -60,14 +64,17 @@ def read_piece(piece: Piece, text_key: str, count: ReadCount) -> Iterator[Docume
 
 def _check_unchanged(file: SourceFile, status: os.stat_result) -> None:
     if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
-        raise UserError(f"{file.name}: changed while the run was reading it; run the command again")
+        raise UserError(f"{one_line(file.name)}: changed while the run was reading it; run the command again")
 
 
 def _read_lines(stream: IO[bytes], piece: Piece, text_key: str, count: ReadCount) -> Iterator[Document | BadRecord]:
     position = piece.start
     if piece.start > 0:
         stream.seek(piece.start - 1)
-        position += len(stream.readline()) - 1  # the rest of a line that began before the piece
+        rest = stream.readline(piece.stop - piece.start + 1)  # of a line that began before the piece
+        if not rest.endswith(b"\n"):
+            return  # it goes on in the next piece, or ends the file
+        position += len(rest) - 1
     try:
         for line in stream:
             if piece.file.is_splittable and position >= piece.stop:

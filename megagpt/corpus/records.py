@@ -6,8 +6,8 @@ in a columnar file, from 0.
 
 from dataclasses import dataclass
 
-EMPTY, BINARY, DAMAGED = "empty", "binary file", "damaged compression"
-HARMLESS = frozenset({EMPTY, BINARY})
+EMPTY, BINARY, NO_FILE, DAMAGED = "empty", "binary file", "not a file", "damaged compression"
+HARMLESS = frozenset({EMPTY, BINARY, NO_FILE})
 """Reasons that leave out nothing that was text: listed, but not counted as bad."""
 
 

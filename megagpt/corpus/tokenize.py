@@ -13,13 +13,11 @@ import numpy as np
 from megagpt.corpus.extract import DOCUMENT
 from megagpt.corpus.select import DECISION, KEPT, shuffle_keys
 from megagpt.corpus.workspace import Receipt, map_array, write_array
-from megagpt.data.indexed import token_dtype
+from megagpt.errors import UserError
 from megagpt.tokenizer import Tokenizer, load_tokenizer
 
 TOKENIZED = np.dtype([("split", "u1"), ("key", "<u8"), ("tokens", "<u8")])
 """A document: its split, its key in the order of the dataset, and its number of tokens."""
-
-_cached_tokenizer = functools.cache(load_tokenizer)
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,10 @@ class TokenizeTask:
     """Result of the stage `select`."""
     tokenizer: str
     vocab_dir: str | None
+    vocab_sha256: str
+    """The vocabulary that the run was planned with."""
+    dtype: str
+    """The dataset's type of ids."""
     shuffle: bool
     seed: int
 
@@ -43,9 +45,8 @@ class TokenizeTask:
         return self.name
 
     def run(self, folder: Path) -> Receipt:
-        """See the module; counts documents, tokens and text bytes."""
-        tokenizer: Tokenizer = _cached_tokenizer(self.tokenizer, self.vocab_dir)
-        dtype = token_dtype(tokenizer.vocab_size)
+        """See the module; counts documents, tokens and text bytes. UserError: the tokenizer is another one by now."""
+        tokenizer = _planned_tokenizer(self.tokenizer, self.vocab_dir, self.vocab_sha256)
         documents = map_array(self.chunk / "documents.bin", DOCUMENT)
         end = self.first_document + documents.size
         decisions = map_array(self.select / "decisions.bin", DECISION)[self.first_document : end]
@@ -64,9 +65,17 @@ class TokenizeTask:
         with open(folder / "tokens.bin", "wb") as file:
             for number, row in enumerate(rows.tolist()):
                 content = texts[ends[row] - int(documents["size"][row]) : ends[row]].tobytes()
-                ids = np.append(tokenizer.encode_to_numpy(content.decode()), tokenizer.eod_id).astype(dtype)
+                ids = np.append(tokenizer.encode_to_numpy(content.decode()), tokenizer.eod_id).astype(self.dtype)
                 file.write(ids.data)
                 index["tokens"][number] = ids.size
                 text_bytes += len(content)
         write_array(folder / "index.bin", index)
         return {"documents": rows.size, "tokens": int(index["tokens"].sum()), "text_bytes": text_bytes}
+
+
+@functools.cache
+def _planned_tokenizer(name: str, vocab_dir: str | None, vocab_sha256: str) -> Tokenizer:
+    tokenizer = load_tokenizer(name, vocab_dir)
+    if tokenizer.vocab_sha256 != vocab_sha256:
+        raise UserError(f"tokenizer {name}: its vocabulary changed during the run; run the command again")
+    return tokenizer

@@ -29,29 +29,68 @@ _NO_LOCKS_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # as on Lustre 
 
 
 @contextlib.contextmanager
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Hold the lock file `path`, which is made, with its folder, and removed again.
+
+    A POSIX lock: network file systems show it to other nodes, as they do not with flock's or those of folders.
+    UserError with the message `busy`: another process holds it. OSError: it cannot be made.
+    """
+    descriptor = _open_locked(path, busy)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _open_locked(path: Path, busy: str) -> int:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_at(path, descriptor):  # and not removed between opening and locking, by who held it before
+                return descriptor
+        except (BlockingIOError, PermissionError):
+            os.close(descriptor)
+            raise UserError(busy) from None
+        except OSError as error:
+            if error.errno in _NO_LOCKS_HERE:
+                return descriptor
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
 def open_workspace(folder: Path) -> Iterator[Path]:
     """`folder`, made if missing, without the remains of killed tasks, and locked for this process.
 
     UserError: another run works in it, or it cannot be made.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"work folder {folder}: {error.strerror}; choose another with --work-dir") from error
-    try:
+    busy = f"work folder {folder}: another run of the same plan is using it; wait for it"
+    with contextlib.ExitStack() as stack:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"work folder {folder}: another run of the same plan is using it; wait for it") from None
+            stack.enter_context(locked(folder / ".lock", busy))
+            for remains in folder.glob("*/.*"):
+                shutil.rmtree(remains)
         except OSError as error:
-            if error.errno not in _NO_LOCKS_HERE:
-                raise
-        for remains in folder.glob("*/.*"):
-            shutil.rmtree(remains)
+            raise UserError(f"work folder {folder}: {error.strerror}; choose another with --work-dir") from error
         yield folder
-    finally:
-        os.close(lock)
+
+
+def disk_error(error: OSError, folder: Path) -> str:
+    """What an error of the disk, met while working with `folder`, was, and what to do: the rest of a message."""
+    name = f"{error.filename}: " if error.filename else ""
+    space = f"free space for {folder}, and " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    return f"{name}{error.strerror or error}; {space}run the same command again to go on"
 
 
 def read_receipt(folder: Path) -> Receipt | None:

@@ -49,7 +49,7 @@ class Tokenizer:
     encoding: tiktoken.Encoding
     """tiktoken's encoding, special tokens included."""
     vocab_sha256: str
-    """sha256 of the vocabulary as a rank file: of an own BPE, that of its file."""
+    """sha256 of the vocabulary as a rank file: of an own BPE, that of its file as train_tokenizer writes it."""
     path: Path | None = None
     """The file of an own BPE."""
 
@@ -62,6 +62,11 @@ class Tokenizer:
     def eod_id(self) -> int:
         """Id of the end-of-document token, which no text encodes to."""
         return self.encoding.eot_token
+
+    @property
+    def ranks(self) -> Ranks:
+        """The vocabulary without special tokens, {token bytes: id}."""
+        return {token: self.encoding.encode_single_token(token) for token in self.encoding.token_byte_values()}
 
     def encode(self, text: str) -> list[int]:
         """The token ids of `text`."""

@@ -79,7 +79,7 @@ def test_finished_tasks_are_not_run_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("act", "message"),
     [
-        ("disk", r"^stage squares, number 1: .*square: No space left on device; run the same command again to go on"),
+        ("disk", r"^stage squares, number 1: .*square: No space left on device; free space for .*, and run the same"),
         ("user", r"^stage squares, number 1: a\.jsonl: gone$"),
         ("memory", r"^stage squares, number 1: out of memory; .*fewer --workers"),
         ("die", r"^stage squares, number 1: a worker was killed by SIGKILL; run the same command again"),
@@ -164,15 +164,22 @@ def test_remains_of_killed_tasks_are_removed_and_results_stay(tmp_path: Path) ->
         assert [path.name for path in (folder / "extract").iterdir()] == ["000000"]
 
 
-def test_two_runs_of_one_plan_do_not_share_the_work_folder(tmp_path: Path) -> None:
-    with (
-        open_workspace(tmp_path),
-        pytest.raises(UserError, match="another run of the same plan"),
-        open_workspace(tmp_path),
-    ):
-        pass
+@pytest.mark.slow
+def test_two_runs_of_one_plan_do_not_share_the_work_folder_and_a_killed_one_lets_go_of_it(tmp_path: Path) -> None:
+    script = "import sys, time; from pathlib import Path; from megagpt.corpus.workspace import open_workspace\n"
+    script += "with open_workspace(Path(sys.argv[1])): print('open', flush=True); time.sleep(60)"
+    other = subprocess.Popen([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "open\n"
+        with pytest.raises(UserError, match="another run of the same plan"), open_workspace(tmp_path):
+            pass
+    finally:
+        other.kill()
+        other.communicate()
     with open_workspace(tmp_path):
         pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_work_folder_that_cannot_be_made_is_an_error_that_names_it(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import io
 import json
 import random
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
@@ -13,12 +15,13 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from megagpt.corpus import CorpusConfig, Report, preprocess
+from megagpt.corpus import CorpusConfig, Report, pipeline, preprocess
 from megagpt.corpus.workspace import Receipt
 from megagpt.data.indexed import IndexedDataset
 from megagpt.data.manifest import Manifest
 from megagpt.errors import UsageError, UserError
 from megagpt.tokenizer import load_tokenizer
+from megagpt.tokenizer.ranks import BYTE_RANKS, write_rank_file
 from tests.unit.corpus.texts import document, edited, jaccard, write_jsonl
 
 EOD = load_tokenizer("bytes").eod_id
@@ -323,11 +326,119 @@ def test_a_folder_that_is_no_dataset_is_never_replaced(corpus: Path) -> None:
     assert (corpus / "out/thesis.txt").read_text() == "years of work"
 
 
-def test_output_or_work_within_the_input_is_refused(corpus: Path) -> None:
-    with pytest.raises(UsageError, match=r"--output .* lies in the input folder"):
-        run(corpus, "in/out")
-    with pytest.raises(UsageError, match=r"--work-dir .* lies in the input folder"):
-        run(corpus, execution={"work_dir": str(corpus / "in/work")})
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_a_dataset_does_not_name_is_never_deleted_with_it(corpus: Path, overwrite: bool) -> None:
+    run(corpus, max_bad=0.1)
+    (corpus / "out/thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match=r"'thesis\.txt' in it is no part" if overwrite else "give --overwrite"):
+        run(corpus, max_bad=0.1, overwrite=overwrite, seed=1)
+    assert (corpus / "out/thesis.txt").read_text() == "years of work"
+
+
+def test_a_folder_that_fills_during_the_run_is_not_replaced(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def write_meanwhile(*_: Any) -> None:
+        (corpus / "out").mkdir()
+        (corpus / "out/thesis.txt").write_text("years of work")
+
+    monkeypatch.setattr("megagpt.corpus.pipeline.write_removed", write_meanwhile)
+    with pytest.raises(UserError, match="is not a token dataset"):
+        run(corpus, max_bad=0.1, overwrite=True)
+    assert (corpus / "out/thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("as_shells_expand_it", [False, True])
+def test_a_pattern_that_meets_the_folders_of_the_run_still_means_the_same_input(
+    corpus: Path, as_shells_expand_it: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def again() -> Report:
+        inputs = [str(path) for path in corpus.glob("[!.]*")] if as_shells_expand_it else [str(corpus / "*")]
+        return run(corpus, max_bad=0.1, input=inputs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("megagpt.corpus.pipeline.write_split", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            again()
+    assert (corpus / "out.work").is_dir()
+    assert [stage.name for stage in again().stages if not stage.reused] == ["write"]
+    assert again().was_finished
+
+
+@pytest.mark.parametrize("name", ["out", "out/train.bin", "out/*"])
+def test_input_that_lies_in_the_output_is_refused(corpus: Path, name: str) -> None:
+    run(corpus, max_bad=0.1)
+    before = contents(corpus / "out")
+    with pytest.raises(UsageError, match="lies in what this run itself writes"):
+        run(corpus, input=[str(corpus / name)], overwrite=True)
+    assert contents(corpus / "out") == before
+
+
+@pytest.mark.parametrize("work_dir", ["out", "out/work", "in/../out/work"])
+def test_work_within_the_output_is_refused_at_once(corpus: Path, work_dir: str) -> None:
+    with pytest.raises(UsageError, match=r"--work-dir .* lies in --output"):
+        run(corpus, execution={"work_dir": str(corpus / work_dir)})
+    assert sorted(path.name for path in corpus.iterdir()) == ["in"]
+
+
+@pytest.mark.parametrize("output", ["", "/"])
+def test_an_output_that_no_folder_can_be_is_refused(corpus: Path, output: str) -> None:
+    with pytest.raises(UsageError, match="is no folder that a dataset could become"):
+        run(corpus, output=output)
+
+
+def test_an_output_behind_a_link_is_written_there_and_the_link_stays(corpus: Path) -> None:
+    (corpus / "disk").mkdir()
+    (corpus / "out").symlink_to("disk/out")
+    run(corpus, max_bad=0.1)
+    run(corpus, max_bad=0.1, overwrite=True)
+    assert (corpus / "out").is_symlink()
+    assert (corpus / "disk/out/train.bin").is_file()
+    assert sorted(path.name for path in corpus.rglob("*out*")) == ["out", "out"]
+
+
+def test_an_output_that_another_run_is_making_is_refused(corpus: Path) -> None:
+    code = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, corpus / ".out.lock"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(UserError, match="another run is making it; wait for it"):
+            run(corpus, max_bad=0.1)
+        assert sorted(path.name for path in corpus.iterdir()) == [".out.lock", "in"]
+        other.communicate(b"\n")
+    run(corpus, max_bad=0.1)
+    assert sorted(path.name for path in corpus.iterdir()) == ["in", "out"]
+
+
+def test_a_tokenizer_that_changes_during_the_run_is_an_error_and_afterwards_the_dataset_has_its_own(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = corpus / "own.tiktoken"
+    write_rank_file({**BYTE_RANKS, b"al": 256}, path)
+    old = path.read_bytes()
+
+    def replace_after(function: Any) -> Any:
+        def wrapped(*arguments: Any) -> Any:
+            result = function(*arguments)
+            write_rank_file({**BYTE_RANKS, b"bo": 256}, path)
+            return result
+
+        return wrapped
+
+    for name in ("write_quarantine", "write_removed"):  # before and after the stage that tokenizes
+        path.write_bytes(old)
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline, name, replace_after(getattr(pipeline, name)))
+            if name == "write_quarantine":
+                with pytest.raises(UserError, match="its vocabulary changed during the run"):
+                    run(corpus, tokenizer=str(path), max_bad=0.1)
+            else:
+                run(corpus, tokenizer=str(path), max_bad=0.1)
+    assert (corpus / "out/tokenizer.tiktoken").read_bytes() == old
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def test_input_without_a_usable_document_is_an_error(tmp_path: Path) -> None:

@@ -159,7 +159,8 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
         ),
         (["--input", "IN", "--output", "OUT", "--max-bad", "-1"], 2, "max_bad: expected a number at least 0"),
         (["--input", "IN", "--output", "OUT", "--tokenizer", "gtp2"], 2, "did you mean gpt2?"),
-        (["--input", "IN", "--output", "IN/out"], 2, "lies in the input folder"),
+        (["--input", "IN", "--output", ""], 2, "--output '': is no folder that a dataset could become"),
+        (["--input", "IN", "--output", "OUT", "--work-dir", "OUT/work"], 2, "OUT/work: lies in --output"),
         (["--input", "IN", "--output", "OUT", "--config", "no.yaml"], 2, "no.yaml: cannot read the configuration file"),
         (
             ["--input", "IN", "--output", "OUT", "--config", "WRONG"],
@@ -175,7 +176,8 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
             1,
             "c.parquet: no column 'body' among 'text'; choose the column with --text-key",
         ),
-        (["--input", "IN", "--output", "/proc/out"], 1, "work folder /proc/out.work/"),
+        (["--input", "IN", "--output", "/proc/out"], 1, "output /proc/out: cannot be written: "),
+        (["--input", "IN", "--output", "OUT", "--work-dir", "/proc/work"], 1, "work folder /proc/work/"),
     ],
 )
 def test_each_mistake_has_one_line_and_its_exit_code(
@@ -186,9 +188,9 @@ def test_each_mistake_has_one_line_and_its_exit_code(
     names = {
         "IN/0.txt": corpus / "0.txt",
         "IN/c.parquet": corpus / "c.parquet",
-        "IN/out": corpus / "out",
         "IN": corpus,
         "OUT": tmp_path / "out",
+        "OUT/work": tmp_path / "out/work",
         "BAD": tmp_path / "bad.jsonl",
         "WRONG": tmp_path / "wrong.yaml",
     }
@@ -196,7 +198,7 @@ def test_each_mistake_has_one_line_and_its_exit_code(
         arguments = ["--input", str(corpus / "*.jsonl"), *arguments[2:]]
     result = run("--tokenizer", "bytes", *(names.get(argument, argument) for argument in arguments))
     assert result.returncode == code
-    assert message in result.stderr
+    assert message.replace("OUT/", f"{tmp_path}/out/") in result.stderr
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.corpus.plan import cut_into_chunks
-from megagpt.corpus.reading import read_piece
+from megagpt.corpus.reading import _read_lines, read_piece
 from megagpt.corpus.records import BadRecord, Document, ReadCount
 from megagpt.corpus.sources import Piece, SourceFile, find_files
 from megagpt.errors import UserError
@@ -268,7 +268,70 @@ def test_links_are_followed_and_a_link_back_up_does_no_harm(tmp_path: Path) -> N
     (tmp_path / "elsewhere/x.txt").write_text("x")
     (tmp_path / "a/link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "a/up").symlink_to(tmp_path / "a")
-    assert names(tmp_path, "a") == ["a/link/x.txt"]
+    (tmp_path / "a/own.txt").write_text("x")
+    assert names(tmp_path, "a") == ["a/link/x.txt", "a/own.txt"]
+
+
+def test_a_file_that_several_names_lead_to_is_read_once_by_the_name_that_says_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs/c0ffee").write_text("{}")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/a.jsonl").symlink_to("../blobs/c0ffee")
+    assert names(tmp_path, ".") == ["data/a.jsonl"]
+    (tmp_path / "link").symlink_to("data")
+    assert names(tmp_path, "data", "./data/", "link/../data", "link/*") == ["link/a.jsonl"]
+
+
+def test_a_path_through_a_link_and_back_leads_where_the_system_says(tmp_path: Path) -> None:
+    for name in ("a/inner", "b"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "b/x.txt").write_text("wrong")
+    (tmp_path / "a/x.txt").write_text("right")
+    (tmp_path / "b/link").symlink_to("../a/inner")
+    (file,) = find_files([f"{tmp_path}/b/link/../x.txt"])
+    assert Path(file.name).read_text() == "right"
+
+
+def test_what_is_no_file_in_a_folder_is_listed_and_stops_nothing(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "dangling").symlink_to("nothing")
+    (tmp_path / "round").symlink_to("round")
+    (tmp_path / "x.txt").write_text("x")
+    found = read(tmp_path)
+    assert [record.reason for record in found if isinstance(record, BadRecord)] == ["not a file"] * 3
+    assert [record.text for record in found if isinstance(record, Document)] == ["x"]
+
+
+def test_the_line_that_a_piece_begins_in_is_not_read_beyond_the_piece(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = ['{"text": "%s"}\n' % ("x" * 50_000), '{"text": "short"}\n']
+    path.write_text("".join(lines))
+    (file,) = find_files([str(path)])
+    taken = 0
+    found: list[Document | BadRecord] = []
+    for piece in [piece for chunk in cut_into_chunks([file], 100) for piece in chunk.pieces]:
+        stream = CountingStream(path.read_bytes())
+        found += _read_lines(stream, piece, "text", ReadCount())
+        taken += stream.taken
+    assert [record.position for record in found] == [0, len(lines[0])]
+    assert taken < 4 * file.size
+
+
+class CountingStream(io.BytesIO):
+    """Counts the bytes that lines take."""
+
+    taken = 0
+
+    def readline(self, limit: int | None = -1, /) -> bytes:
+        line = super().readline(limit)
+        self.taken += len(line)
+        return line
+
+
+def test_messages_stay_on_one_line_whatever_the_name_of_the_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        find_files([f"{tmp_path}/a\nb.txt"])
+    assert "\n" not in str(caught.value)
 
 
 def test_a_name_with_characters_of_patterns_is_a_file_if_there_is_one(tmp_path: Path) -> None:

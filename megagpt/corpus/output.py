@@ -1,0 +1,102 @@
+"""The folder of the dataset: where it is, whether a run may make or replace it, and its publication by one rename.
+
+A run holds the lock file .NAME.lock beside it from its beginning, so that two never make the same folder. What is
+replaced must be a dataset and nothing else: a folder with a file that its manifest does not name stays as it is.
+"""
+
+import contextlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from megagpt.corpus.config import CorpusConfig
+from megagpt.corpus.workspace import disk_error, locked
+from megagpt.data.atomic import fsync_path
+from megagpt.data.manifest import FILE_NAME, Manifest
+from megagpt.errors import UsageError, UserError
+
+REPORT_NAME = "report.html"
+
+
+def run_folders(config: CorpusConfig) -> tuple[Path, Path]:
+    """The folders of output and work, without links. UsageError: they cannot be such folders."""
+    output = Path(config.output).resolve()
+    if not config.output or not output.name:
+        raise UsageError(f"--output {config.output!r}: is no folder that a dataset could become; name one")
+    work_dir = Path(config.execution.work_dir or f"{output}.work").resolve()
+    if work_dir.is_relative_to(output):
+        raise UsageError(f"--work-dir {work_dir}: lies in --output {output}; choose one outside")
+    return output, work_dir
+
+
+@contextlib.contextmanager
+def reserved(output: Path) -> Iterator[None]:
+    """Keep other runs from `output`. UserError: another run makes it, or its parent folder cannot be written."""
+    busy = f"output {output}: another run is making it; wait for it, or choose another"
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(locked(output.with_name(f".{output.name}.lock"), busy))
+        except OSError as error:
+            raise UserError(f"output {output}: cannot be written: {error.strerror}; choose another") from error
+        yield
+
+
+def finished(output: Path, plan_hash: str) -> Manifest | None:
+    """The manifest of `output` if it is the dataset of this plan. UserError: not all files have their full size."""
+    manifest = Manifest.load(output) if output.is_dir() else None
+    if manifest is None or manifest.plan_hash != plan_hash:
+        return None
+    for name, checksum in manifest.checksums.items():
+        path = output / name
+        if not path.is_file() or path.stat().st_size != checksum.size:
+            raise UserError(f"{path}: not as the manifest beside it says; give --overwrite to make the dataset again")
+    return manifest
+
+
+def check_replaceable(output: Path, overwrite: bool) -> None:
+    """UserError if `output` exists, unless it is an empty folder, or a dataset and `overwrite` allows to replace it."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    manifest = Manifest.load(output) if output.is_dir() else None
+    if manifest is None:
+        raise UserError(f"output {output}: exists, and is not a token dataset; choose another")
+    if not overwrite:
+        raise UserError(
+            f"output {output}: exists, made from other input or with other options; choose another, or give --overwrite"
+        )
+    own = {FILE_NAME, REPORT_NAME, *manifest.checksums}
+    own |= {f"{split}.{suffix}" for split in manifest.splits for suffix in ("bin", "idx")}
+    for path in sorted(output.iterdir()):
+        if path.name not in own or not path.is_file():
+            raise UserError(
+                f"output {output}: {path.name!r} in it is no part of the dataset, and --overwrite would delete it; "
+                "move it away, or choose another output"
+            )
+
+
+@contextlib.contextmanager
+def publishing(output: Path, plan_hash: str, overwrite: bool) -> Iterator[Path]:
+    """A folder to write into that becomes `output` if all goes well, and if that still may be replaced."""
+    aside = output.with_name(f".{output.name}.{plan_hash[:16]}")
+    old = output.with_name(f"{aside.name}.old")
+    try:
+        for remains in (aside, old):
+            if remains.exists():
+                shutil.rmtree(remains)
+        aside.mkdir(parents=True)
+        yield aside
+        for path in aside.iterdir():
+            fsync_path(path)
+        fsync_path(aside)
+        check_replaceable(output, overwrite)
+        if output.exists():
+            output.rename(old)
+        aside.rename(output)
+        fsync_path(output.parent)
+        if old.exists():
+            shutil.rmtree(old)
+    except OSError as error:
+        raise UserError(f"output {output}: {disk_error(error, output)}") from error
+    finally:
+        if aside.exists():
+            shutil.rmtree(aside)
