@@ -34,17 +34,29 @@ def main(
 
     Example: python -m tools.inspect_data data/corpus/train --document 0 --document 7 --verify
     """
-    for prefix in _prefixes(dataset):
-        opened = IndexedDataset(prefix)
-        manifest = Manifest.of(opened)
-        print(prefix)
-        _print_counts(opened)
+    opened = [IndexedDataset(prefix) for prefix in _prefixes(dataset)]
+    _check_documents(opened, document or [])
+    manifests = [Manifest.of(one) for one in opened]
+    if verify and (manifest := next(filter(None, manifests), None)):
+        manifest.verify_files(Path(opened[0].prefix).parent)
+    for one, manifest in zip(opened, manifests, strict=True):
+        print(one.prefix)
+        if verify:
+            _verify(one, manifest)
+        _print_counts(one)
         if manifest:
             _print_origin(manifest)
-        if verify:
-            _verify(opened, manifest)
         if document:
-            _print_documents(opened, document, tokens, _find_tokenizer(opened, manifest, tokenizer, vocab_dir))
+            _print_documents(one, document, tokens, _find_tokenizer(one, manifest, tokenizer, vocab_dir))
+
+
+def _check_documents(datasets: list[IndexedDataset], numbers: list[int]) -> None:
+    largest = max(datasets, key=lambda dataset: dataset.num_documents)
+    for number in numbers:
+        if not 0 <= number < largest.num_documents:
+            raise UsageError(
+                f"--document {number}: {largest.prefix} has {largest.num_documents} documents, numbered from 0"
+            )
 
 
 def _prefixes(path: Path) -> list[Path]:
@@ -67,6 +79,11 @@ def _print_counts(dataset: IndexedDataset) -> None:
     sample = np.arange(0, dataset.num_documents, step)
     if sample.size:
         lengths = dataset.document_starts(sample + 1) - dataset.document_starts(sample)
+        if lengths.min() < 0:
+            raise UserError(
+                f"{idx_path(dataset.prefix)}: document {sample[lengths.argmin()]} ends before it begins; the index is "
+                "damaged, copy it again"
+            )
         levels = {"shortest": 0, "10%": 10, "median": 50, "90%": 90, "99%": 99, "longest": 100}
         values = np.percentile(lengths, list(levels.values()), method="lower")
         summary = ", ".join(f"{name} {value:,}" for name, value in zip(levels, values, strict=True))
@@ -97,8 +114,7 @@ def _verify(dataset: IndexedDataset, manifest: Manifest | None) -> None:
             f"{bin_path(dataset.prefix)}: token ids {smallest} to {largest}, but tokenizer {manifest.tokenizer.name} "
             f"has {manifest.tokenizer.vocab_size}; make the dataset anew"
         )
-    manifest.verify_files(dataset)
-    print("  verified: ids fit the tokenizer, files agree with the manifest's checksums")
+    print("  verified: ids fit the tokenizer, all files of the folder agree with the manifest's checksums")
 
 
 def _find_tokenizer(
@@ -111,10 +127,9 @@ def _find_tokenizer(
 
 def _print_documents(dataset: IndexedDataset, numbers: list[int], limit: int, tokenizer: Tokenizer | None) -> None:
     for number in numbers:
-        if not 0 <= number < dataset.num_documents:
-            raise UsageError(
-                f"--document {number}: {dataset.prefix} has {dataset.num_documents} documents, numbered from 0"
-            )
+        if number >= dataset.num_documents:
+            print(f"  document {number}: not here, there are {dataset.num_documents:,}, numbered from 0")
+            continue
         ids = dataset.document(number)
         shown = ids[:limit]
         print(f"  document {number}: {len(ids):,} tokens" + f", the first {limit}:" * (len(ids) > limit))

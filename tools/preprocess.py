@@ -4,8 +4,8 @@ What it does lives in megagpt.corpus; here are the flags, the display and the st
 """
 
 import contextlib
-import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -22,6 +22,9 @@ from rich.progress import Progress as Display
 from megagpt.config.loading import load_section
 from megagpt.corpus import CorpusConfig, Progress, Report, preprocess
 from megagpt.corpus.executor import Observer, Pool, mpi_pool
+from megagpt.corpus.output import REPORT_NAME
+from megagpt.corpus.quarantine import QUARANTINE_NAME
+from megagpt.corpus.sources import one_line
 from megagpt.errors import UserError
 from tools.command import fail, run_command, single_command
 
@@ -108,8 +111,8 @@ def preprocess_command(
         "execution.work_dir": work_dir,
         "execution.vocab_dir": vocab_dir,
     }
-    given = {key: value for key, value in options.items() if value is not None}
-    overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in given.items()]
+    overrides = [(key, value) for key, value in options.items() if value is not None]
+    signal.signal(signal.SIGTERM, _terminate)
     if executor is Engine.local:
         _run(load_section(CorpusConfig, config, overrides), None, overwrite)
         return
@@ -117,6 +120,16 @@ def preprocess_command(
         if pool is not None:
             with _ending_all_ranks():
                 _run(load_section(CorpusConfig, config, overrides), pool, overwrite)
+
+
+class _TerminatedError(UserError):
+    """Raised where the program is when it is asked to end, so that it ends its workers."""
+
+    exit_code = 128 + signal.SIGTERM
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise _TerminatedError("terminated; run the same command again to go on")
 
 
 def _launched_processes() -> int:
@@ -145,28 +158,31 @@ def _abort(code: int) -> NoReturn:
 
 
 def _run(config: CorpusConfig, pool: Pool | None, overwrite: bool) -> None:
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
     with _display(console) as observe:
         report = preprocess(config, pool, observe, overwrite)
     _print_summary(console, report)
 
 
 def _print_summary(console: Console, report: Report) -> None:
+    output = one_line(report.output)
     if report.was_finished:
-        console.print(f"{report.output}: already finished by an earlier run of the same plan; nothing to do")
+        console.print(f"{output}: already finished by an earlier run of the same plan; nothing to do")
     for name, count in report.funnel:
         console.print(f"{name:<32}{count:>14,}")
     for name, split in report.splits.items():
         console.print(f"{name:<32}{split.documents:>14,} documents {split.tokens:>16,} tokens")
     if report.counts["bad"] or report.counts["harmless"]:
         console.print(
-            f"left out: {report.counts['bad']:,} unreadable, {report.counts['harmless']:,} empty or binary: "
-            f"see {report.output / 'quarantine.jsonl'}"
+            f"left out: {report.counts['bad']:,} unreadable, {report.counts['harmless']:,} empty or no text: see "
+            f"{QUARANTINE_NAME} in {output}"
         )
     if not report.was_finished:
+        speed = report.megabytes_per_second
+        rate = "with results of an earlier run" if speed is None else f"{speed:.1f} MB/s of input"
         times = ", ".join(f"{stage.name} {stage.seconds:.1f}" for stage in report.stages)
-        console.print(f"{report.seconds:.1f} s, {report.megabytes_per_second:.1f} MB/s of input (seconds: {times})")
-        console.print(f"written: {report.output}; what happened to the documents: {report.output / 'report.html'}")
+        console.print(f"{report.seconds:.1f} s, {rate} (seconds: {times})")
+        console.print(f"written: {output}; what happened to the documents: {REPORT_NAME} in it")
 
 
 @contextlib.contextmanager

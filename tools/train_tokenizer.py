@@ -9,9 +9,9 @@ import typer
 
 from megagpt.corpus.reading import read_piece
 from megagpt.corpus.records import HARMLESS, BadRecord, ReadCount
-from megagpt.corpus.sources import Piece, SourceFile, find_files
+from megagpt.corpus.sources import Piece, SourceFile, find_files, one_line
 from megagpt.errors import UsageError, UserError
-from megagpt.tokenizer import load_tokenizer
+from megagpt.tokenizer import TOKENIZER_NAMES, load_tokenizer
 from megagpt.tokenizer.ranks import write_rank_file
 from megagpt.tokenizer.training import MIN_VOCAB_SIZE, train_bpe
 from tools.command import run_command, single_command
@@ -30,7 +30,7 @@ def main(
         int, typer.Option(min=MIN_VOCAB_SIZE, help="Entries, 256 bytes and the end-of-document token included.")
     ] = 32768,
     sample_megabytes: Annotated[
-        float, typer.Option(min=0.001, help="Most text to train on, in MB, taken evenly from all over the input.")
+        float, typer.Option(min=0.001, help="Most text to train on, in MB; every part of the input gives its share.")
     ] = 100,
     text_key: Annotated[str, typer.Option(help="Key or column of the text in .jsonl, Parquet, Arrow.")] = "text",
 ) -> None:
@@ -41,9 +41,11 @@ def main(
     Example: python -m tools.train_tokenizer --input 'corpus/*.jsonl' --vocab-size 8192 --output data/bpe.tiktoken
     """
     if output.is_dir():
-        raise UsageError(f"--output {output}: is a folder; name a file in it, {output / 'bpe.tiktoken'} for example")
+        raise UsageError(f"--output {one_line(output)}: is a folder; name a file in it, such as bpe.tiktoken")
+    if output.stem in TOKENIZER_NAMES:
+        raise UsageError(f"--output {one_line(output)}: {output.stem} names another tokenizer; choose another name")
     start = time.monotonic()
-    sample = Sample(find_files([*inputs, *(more or [])]), int(sample_megabytes * 1e6), text_key)
+    sample = Sample(find_files([*inputs, *(more or [])], written=[output]), int(sample_megabytes * 1e6), text_key)
     try:
         ranks = train_bpe(sample, vocab_size)
     except UserError as error:
@@ -51,15 +53,16 @@ def main(
     try:
         write_rank_file(ranks, output)
     except OSError as error:
-        raise UserError(f"{output}: cannot be written: {error.strerror}") from error
-    print(f"{output}: {vocab_size:,} entries, sha256 {load_tokenizer(output).vocab_sha256}")
+        raise UserError(f"{one_line(output)}: cannot be written: {error.strerror}") from error
+    print(f"{one_line(output)}: {vocab_size:,} entries, sha256 {load_tokenizer(output).vocab_sha256}")
     print(f"  trained on {sample.bytes / 1e6:.2f} MB of text in {time.monotonic() - start:.1f} s{sample.left_out()}")
 
 
 class Sample:
     """Documents from all over the files, of about `target_bytes` together; reads little more than it gives.
 
-    Iterate once. Documents are whole up to PIECE_BYTES; what exceeds the target is less than that.
+    Every file gives a share as large as its part of the input: one that can be cut gives it from all over, another
+    from its beginning. Iterate once. Documents are whole up to PIECE_BYTES; what exceeds the target is less than that.
     """
 
     def __init__(self, files: list[SourceFile], target_bytes: int, text_key: str) -> None:
@@ -96,10 +99,12 @@ class Sample:
                     yield record.text
                 elif record.reason not in HARMLESS:
                     self._bad += 1
-                    where = f"{piece.file.name}, {'row' if piece.file.is_columnar else 'byte'} {record.position}"
+                    where = (
+                        f"{one_line(piece.file.name)}, {'row' if piece.file.is_columnar else 'byte'} {record.position}"
+                    )
                     self._first_bad = self._first_bad or f"{where}: {record.reason} ({record.detail})"
         except OSError as error:
-            raise UserError(f"{piece.file.name}: cannot be read: {error.strerror}") from error
+            raise UserError(f"{one_line(piece.file.name)}: cannot be read: {error.strerror}") from error
 
 
 def _pieces(file: SourceFile, index: int) -> Iterator[Piece]:

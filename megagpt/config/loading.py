@@ -23,6 +23,10 @@ from megagpt.errors import ConfigError
 SectionT = TypeVar("SectionT", bound=Section)
 
 
+Override = str | tuple[str, Any]
+"""What replaces a value of the file: "section.key=value" with a YAML value, or key and value as they are."""
+
+
 class Source(NamedTuple):
     """Where a value was written: `rank` sorts lines before overrides, `label` is "small.yaml:12" or "override a=b"."""
 
@@ -47,14 +51,18 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
 
 
 def load_section(
-    schema: type[SectionT], path: str | os.PathLike[str] | None, overrides: Sequence[str] = ()
+    schema: type[SectionT], path: str | os.PathLike[str] | None, overrides: Sequence[Override] = ()
 ) -> SectionT:
-    """Like `load_config`, for any schema; without a file (path None) the overrides are all there is."""
+    """Like `load_config`, for any schema; without a file (path None) the overrides are all there is.
+
+    An override may also be a pair such as ("train.steps", 100), for values that are not YAML, or hard to write in it.
+    """
     tree, lines, problems = _read_file(Path(path), schema) if path is not None else ({}, {}, [])
     sources: dict[KeyPath, Source] = {(): Source((0, 0), "configuration" if path is None else str(path))}
     sources |= {key_path: Source((0, line), f"{path}:{line}") for key_path, line in lines.items()}
     for number, override in enumerate(overrides):
-        source = Source((1, number), f"override {' '.join(override.split())}")
+        label = override if isinstance(override, str) else f"{override[0]}={override[1]!r}"
+        source = Source((1, number), f"override {' '.join(label.split())}")
         try:
             key_path, value, inner_paths = _parse_override(override)
             tree = _replaced(tree, key_path, value)
@@ -115,8 +123,10 @@ def _read_file(path: Path, schema: type[Section]) -> tuple[dict[str, Any], dict[
 # Overrides
 
 
-def _parse_override(override: str) -> tuple[KeyPath, Any, Iterable[KeyPath]]:
+def _parse_override(override: Override) -> tuple[KeyPath, Any, Iterable[KeyPath]]:
     """Split "section.key=value" into key, value and the keys within the value; raises ValueError with what is wrong."""
+    if not isinstance(override, str):
+        return tuple(override[0].split(".")), override[1], ()
     key, separator, value_text = override.partition("=")
     if not separator or not key.strip():
         raise ValueError("expected section.key=value, for example train.steps=100")

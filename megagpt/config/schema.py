@@ -182,7 +182,7 @@ class TrainConfig(Section):
     """Where to compute; auto: cuda if torch sees a GPU, else cpu."""
     precision: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Number format of weights and activations in forward and backward; master weights are always fp32."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of initial weights, sample order and dropout."""
     compile: bool = True
     """Whether to compile the model's blocks and loss with torch.compile; at parallel.zero_stage 3 the loss only."""

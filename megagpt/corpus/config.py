@@ -9,6 +9,9 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from megagpt.config.schema import Section
 
+_FINEWEB_BANDING, _FINEWEB_THRESHOLD = (14, 8), 0.8
+_LEAST_RECALL = 0.95
+
 
 class CleanConfig(Section):
     """Repair of the text of each document."""
@@ -25,23 +28,50 @@ class DedupConfig(Section):
     method: Literal["none", "exact", "minhash"] = "minhash"
     """exact: documents equal up to whitespace; minhash: these and near-duplicates (MinHash LSH, Broder 1997)."""
     threshold: float = Field(0.8, gt=0, le=1)
-    """Least estimated Jaccard similarity of two documents' shingles that makes them near-duplicates, 0 to 1."""
+    """Least estimated Jaccard similarity of two documents' shingles that makes them a pair of near-duplicates, 0 to 1.
+
+    Of each connected component of the graph of such pairs one document stays: a removed document is that similar to a
+    neighbour in a chain of documents that leads to the one that stays, and may resemble that one less.
+    """
     shingle_words: int = Field(5, gt=0)
     """Words a shingle; a shorter document is one shingle."""
     num_perm: int = Field(128, gt=0)
     """Permutations, the length of a signature; a document takes 4 bytes for each in the work folder."""
-    bands: int = Field(14, gt=0)
-    """Bands of a signature; documents that agree in one are candidates."""
-    rows: int = Field(8, gt=0)
+    bands: int | None = Field(None, gt=0)
+    """Bands of a signature; documents that agree in one are candidates. null, and then rows, too: see `banding`."""
+    rows: int | None = Field(None, gt=0)
     """Values of a signature in each band."""
 
     @field_validator("rows")
     @classmethod
-    def _check_rows(cls, rows: int, info: ValidationInfo) -> int:
-        bands, num_perm = info.data.get("bands"), info.data.get("num_perm")
-        if bands and num_perm and bands * rows > num_perm:
+    def _check_rows(cls, rows: int | None, info: ValidationInfo) -> int | None:
+        if "bands" not in info.data:  # wrong itself
+            return rows
+        bands, num_perm = info.data["bands"], info.data.get("num_perm")
+        if (bands is None) != (rows is None):
+            raise ValueError("give dedup.bands and dedup.rows together, or neither")
+        if bands and rows and num_perm and bands * rows > num_perm:
             raise ValueError(f"{rows} in each of {bands} bands exceed dedup.num_perm {num_perm}; choose fewer")
         return rows
+
+    @property
+    def banding(self) -> tuple[int, int]:
+        """Bands and rows, with the defaults resolved.
+
+        Those are 14 x 8 from a threshold of 0.8 up (Penedo et al. 2024, FineWeb), if num_perm allows; else the most
+        rows, and with them the fewest candidates in vain, by which a pair at the threshold is a candidate with
+        probability 0.95.
+        """
+        if self.bands and self.rows:
+            return self.bands, self.rows
+        bands, rows = _FINEWEB_BANDING
+        if self.threshold >= _FINEWEB_THRESHOLD and bands * rows <= self.num_perm:
+            return bands, rows
+        for rows in range(self.num_perm, 1, -1):
+            bands = self.num_perm // rows
+            if 1 - (1 - self.threshold**rows) ** bands >= _LEAST_RECALL:
+                return bands, rows
+        return self.num_perm, 1
 
 
 class ExecutionConfig(Section):
@@ -61,7 +91,7 @@ class CorpusConfig(Section):
     """Everything about one token dataset made from text."""
 
     input: list[str] = Field(min_length=1)
-    """Files, folders (read recursively) and glob patterns."""
+    """Files, folders (read recursively) and glob patterns; the folders of output and work are never input."""
     output: str
     """Folder of the token dataset; appears when it is complete."""
     text_key: str = "text"
@@ -73,10 +103,10 @@ class CorpusConfig(Section):
     dedup: DedupConfig = DedupConfig()
     """Duplicates."""
     validation_fraction: float = Field(0.01, ge=0, lt=1)
-    """Share of documents for validation, drawn by the hash of their text; above 0: at least one document."""
+    """Share of documents for validation, drawn by the hash of their text; above 0: at least one text of two or more."""
     shuffle: bool = True
     """Whether documents are written in a random order; false: in the order of the input."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     """Seed of the shuffle and the split."""
     max_bad: float = Field(0.01, ge=0, le=1)
     """Share of documents that may be unreadable, 0 to 1; above it the run is an error."""

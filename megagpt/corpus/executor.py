@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import wait as wait_for_sentinels
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -139,6 +140,9 @@ class LocalPool:
     def __enter__(self) -> "LocalPool":
         context = multiprocessing.get_context("forkserver")  # fork is unsafe once the parent has threads
         context.set_forkserver_preload(["__main__", "megagpt.corpus.pipeline"])
+        resource_tracker.ensure_running()  # before the signal is blocked, which it would undo
+        with _blocked(signal.SIGINT):
+            forkserver.ensure_running()
         self._executor = ProcessPoolExecutor(self.workers, context, _prepare_worker)
         return self
 
@@ -167,8 +171,18 @@ class LocalPool:
         return {pid: code for pid, code in codes.items() if pid and code not in (None, 0, -signal.SIGTERM)}
 
 
+@contextlib.contextmanager
+def _blocked(number: signal.Signals) -> Iterator[None]:
+    """Let the processes that start in this context, and theirs, never see the signal; here it arrives afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _prepare_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it, too, and ends the pool
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where another had started the server; the parent ends the pool
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

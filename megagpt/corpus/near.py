@@ -2,7 +2,8 @@
 
 Documents whose signatures agree in all rows of a band are candidates. Every candidate is verified against the first
 document it shares a band with by the estimate from the whole signatures; those that fail try the next of the band.
-Verified pairs are the edges of a graph; of each connected component the first document stays.
+Verified pairs are the edges of a graph; of each connected component the first document stays, so that a removed
+document resembles its neighbours in a chain that leads to the survivor, and the survivor perhaps less (single linkage).
 
 Three stages: `signatures` brings together what is left after exact deduplication, `bands` finds edges, one task a
 band, and `clusters` joins them. Costs 4 x num_perm + 8 x bands bytes a document on disk, 16 + what the edges take in
@@ -52,7 +53,8 @@ class SignaturesTask:
         begin = 0
         with contextlib.ExitStack() as stack:
             signatures = stack.enter_context(open(folder / "signatures.bin", "wb"))
-            bands = [stack.enter_context(open(_band_path(folder, band), "wb")) for band in range(self.dedup.bands)]
+            count, width = self.dedup.banding
+            bands = [stack.enter_context(open(_band_path(folder, band), "wb")) for band in range(count)]
             for chunk in self.chunks:
                 rows = map_array(chunk / "signatures.bin", np.uint32, self.dedup.num_perm)
                 kept = numbers[slice(*np.searchsorted(numbers, [begin, begin + len(rows)]))] - begin
@@ -60,7 +62,7 @@ class SignaturesTask:
                     block = rows[kept[start : start + _ROW_BLOCK]]
                     signatures.write(block.data)
                     for band, file in enumerate(bands):
-                        file.write(band_keys(block, band, self.dedup.rows).data)
+                        file.write(band_keys(block, band, width).data)
                 begin += len(rows)
         return {"documents": numbers.size}
 

@@ -132,7 +132,7 @@ class _Run:
         if config.dedup.method == "minhash":
             assert exact is not None
             (signatures,) = self._stage("signatures", [SignaturesTask(chunks, exact, config.dedup)]).folders
-            tasks = [BandTask(signatures, band, config.dedup) for band in range(config.dedup.bands)]
+            tasks = [BandTask(signatures, band, config.dedup) for band in range(config.dedup.banding[0])]
             bands = self._stage("bands", tasks).folders
             (clusters,) = self._stage("clusters", [ClustersTask(signatures, bands, config.dedup)]).folders
         task = SelectTask(chunks, exact, signatures, clusters, config.validation_fraction, config.seed)

@@ -49,8 +49,10 @@ class Report:
         return sum(split.tokens for split in self.splits.values())
 
     @property
-    def megabytes_per_second(self) -> float:
-        """Input, uncompressed, by the duration of this run, in MB/s (10^6 bytes)."""
+    def megabytes_per_second(self) -> float | None:
+        """Input, uncompressed, by the duration of this run, in MB/s (10^6 bytes); None if an earlier one helped."""
+        if self.was_finished or any(stage.reused for stage in self.stages):
+            return None
         return self.counts["input_bytes"] / 1e6 / max(self.seconds, 1e-9)
 
     @property

@@ -82,14 +82,15 @@ class SelectTask:
 def in_validation(hashes: UInt64, fraction: float, seed: int) -> npt.NDArray[np.bool_]:
     """Which documents, by their hashes, are for validation: each with probability `fraction`, 0 to 1.
 
-    Of two documents or more at least one is, unless `fraction` is 0, and at least one is not.
+    Equal hashes go together. Of two different ones or more at least one is, unless `fraction` is 0, and at least one is
+    not; of a single one none is.
     """
     draws = mix64(hashes ^ mix64([seed]))
     chosen = draws < np.uint64(fraction * 2.0**64)
     if fraction > 0 and not chosen.any() and draws.size > 1:
-        chosen[np.argmin(draws)] = True
-    if chosen.all():
-        chosen[np.argmax(draws)] = False
+        chosen = draws == draws.min()
+    if draws.size and chosen.all():
+        chosen = draws != draws.max()
     return chosen
 
 

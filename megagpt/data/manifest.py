@@ -13,7 +13,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megagpt.data.atomic import replace_file
-from megagpt.data.indexed import IndexedDataset, bin_path, idx_path
+from megagpt.data.indexed import IndexedDataset, idx_path
 from megagpt.errors import UsageError, UserError
 from megagpt.tokenizer import Tokenizer, load_tokenizer
 
@@ -94,7 +94,8 @@ class Manifest(_Record):
 
     def save(self, folder: str | Path) -> None:
         """Write manifest.json into `folder`, atomically."""
-        replace_file(Path(folder) / FILE_NAME, (self.model_dump_json(indent=2) + "\n").encode())
+        content = json.dumps(self.model_dump(mode="json"), indent=2)  # in ASCII: paths may have bytes that are no UTF-8
+        replace_file(Path(folder) / FILE_NAME, f"{content}\n".encode())
 
     @classmethod
     def load(cls, folder: str | Path) -> "Manifest | None":
@@ -104,7 +105,9 @@ class Manifest(_Record):
             values = json.loads(path.read_bytes())
         except FileNotFoundError:
             return None
-        except ValueError as error:
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror}; copy the dataset again") from error
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}: not valid JSON ({error}); copy the dataset again") from None
         version = values.get("format_version") if isinstance(values, dict) else None
         if isinstance(version, int) and version > FORMAT_VERSION:
@@ -146,6 +149,11 @@ class Manifest(_Record):
         UserError: it cannot be found, or its vocabulary is another than when the dataset was made.
         """
         copy = self.tokenizer.file
+        if copy and not (Path(folder) / copy).is_file():
+            raise UserError(
+                f"{Path(folder) / copy}: no such file; it is the copy of tokenizer {self.tokenizer.name} that "
+                f"{FILE_NAME} beside it names; copy the whole dataset again"
+            )
         tokenizer = load_tokenizer(Path(folder) / copy if copy else self.tokenizer.name, vocab_dir)
         if tokenizer.vocab_sha256 != self.tokenizer.vocab_sha256:
             raise UserError(
@@ -155,11 +163,15 @@ class Manifest(_Record):
             )
         return tokenizer
 
-    def verify_files(self, dataset: IndexedDataset) -> None:
-        """Read both files of `dataset` and compare their checksums. UserError names the file that differs."""
-        for path in (idx_path(dataset.prefix), bin_path(dataset.prefix)):
-            expected, found = self.checksums.get(path.name), FileChecksum.of(path)
-            if expected and found != expected:
+    def verify_files(self, folder: str | Path) -> None:
+        """Read every file of `folder` that has a checksum here, and compare. UserError names one that differs."""
+        for name, expected in self.checksums.items():
+            path = Path(folder) / name
+            try:
+                found = FileChecksum.of(path)
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read: {error.strerror}; copy the file again") from error
+            if found != expected:
                 raise UserError(
                     f"{path}: {found.size} bytes with xxh3_128 {found.xxh3_128}, but {FILE_NAME} beside it says "
                     f"{expected.size} and {expected.xxh3_128}; copy the file again"

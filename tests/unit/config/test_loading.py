@@ -6,6 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from megagpt.config import load_config, save_config
+from megagpt.config.loading import load_section
 from megagpt.config.schema import RunConfig
 from megagpt.errors import ConfigError
 
@@ -61,6 +62,14 @@ def test_an_override_changes_only_its_own_place_where_the_file_shares_a_value_by
 
 def test_a_section_with_nothing_below_it_has_its_defaults(write):
     assert load_config(write(MINIMAL + "logging:\n  # every: 1\n")).logging.every == 10
+
+
+def test_values_given_as_they_are_need_not_be_yaml(write):
+    text = "a\x7f\udcff: [b"
+    config = load_section(RunConfig, write(MINIMAL), [("train.run_dir", text), ("train.steps", 300)])
+    assert (config.train.run_dir, config.train.steps) == (text, 300)
+    with pytest.raises(ConfigError, match=r"^override train\.steps='x': train\.steps: expected a whole number above 0"):
+        load_section(RunConfig, write(MINIMAL), [("train.steps", "x")])
 
 
 # All problems at once, each with its place
@@ -240,7 +249,7 @@ trees = st.fixed_dictionaries(
         "optimizer": st.fixed_dictionaries(
             {"lr": positive, "betas": st.tuples(*[st.floats(0, 1, exclude_max=True)] * 2), "eps": positive}
         ),
-        "train": st.fixed_dictionaries({"run_dir": texts, "seed": st.integers(0, 2**64)}),
+        "train": st.fixed_dictionaries({"run_dir": texts, "seed": st.integers(0, 2**63 - 1)}),
         "checkpoint": st.fixed_dictionaries({"resume": texts}),
         "deepspeed": st.dictionaries(texts, json_values | treacherous, max_size=4),
     },

@@ -9,6 +9,7 @@ import pytest
 from datasketch import MinHash, MinHashLSH
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from megagpt.corpus.config import DedupConfig
 from megagpt.corpus.hashing import collapse_whitespace, shingle_hashes
@@ -50,6 +51,44 @@ def test_candidate_pairs_are_those_of_datasketchs_lsh(signatures: np.ndarray, ba
     ours = set().union(*(bucket_pairs(band_keys(signatures, band, rows)) for band in range(bands)))
     assert ours == expected
     assert len(ours) > 60
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.5, 0.7, 0.8, 0.9])
+def test_of_the_pairs_at_or_above_any_threshold_nearly_all_become_candidates(
+    signatures: np.ndarray, threshold: float
+) -> None:
+    bands, rows = DedupConfig(threshold=threshold).banding
+    assert bands * rows <= 128
+    found = set().union(*(bucket_pairs(band_keys(signatures, band, rows)) for band in range(bands)))
+    pairs = itertools.combinations(range(len(signatures)), 2)
+    similar = {(left, right) for left, right in pairs if np.mean(signatures[left] == signatures[right]) >= threshold}
+    assert len(similar) > 200
+    assert len(similar & found) >= 0.95 * len(similar)
+
+
+def test_bands_and_rows_given_by_the_user_are_kept_and_the_default_is_that_of_fineweb() -> None:
+    assert DedupConfig().banding == DedupConfig(threshold=0.95).banding == (14, 8)
+    assert DedupConfig(bands=3, rows=7, threshold=0.2).banding == (3, 7)
+    for wrong in ({"bands": 3}, {"rows": 3}, {"bands": 20, "rows": 7}):
+        with pytest.raises(ValidationError):
+            DedupConfig.model_validate(wrong)
+
+
+@given(st.floats(0.01, 1), st.integers(1, 300))
+def test_any_threshold_and_any_signature_have_bands_within_it(threshold: float, num_perm: int) -> None:
+    bands, rows = DedupConfig(threshold=threshold, num_perm=num_perm).banding
+    assert bands > 0 < rows
+    assert bands * rows <= num_perm
+
+
+def test_a_pair_exactly_at_the_threshold_is_a_pair(tmp_path: Path) -> None:
+    signatures = np.zeros((2, 128), np.uint32)
+    signatures[1, 96:] = 1  # 0.75 alike, which floats hold exactly
+    write_array(tmp_path / "signatures.bin", signatures)
+    write_array(tmp_path / "band_00.bin", np.zeros(2, np.uint64))
+    for threshold, edges in ((0.75, 1), (0.751, 0)):
+        receipt = BandTask(tmp_path, 0, DedupConfig(threshold=threshold)).run(tmp_path)
+        assert receipt == {"candidates": receipt["candidates"], "edges": edges}
 
 
 def test_bands_do_not_share_keys_by_accident(signatures: np.ndarray) -> None:
@@ -101,8 +140,8 @@ def test_no_two_verified_candidates_stay_and_nothing_goes_without_one(signatures
     write_array(tmp_path / "signatures.bin", signatures)
     verified = set()
     folders = []
-    for band in range(DEDUP.bands):
-        keys = band_keys(signatures, band, DEDUP.rows)
+    for band in range(DEDUP.banding[0]):
+        keys = band_keys(signatures, band, DEDUP.banding[1])
         write_array(tmp_path / f"band_{band:02d}.bin", keys)
         folders.append(tmp_path / f"edges_{band}")
         folders[-1].mkdir()

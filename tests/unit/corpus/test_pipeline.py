@@ -1,7 +1,10 @@
 """The whole pipeline, in this process: what comes out of it against what was put in."""
 
+import dataclasses
+import errno
 import io
 import json
+import os
 import random
 import subprocess
 import sys
@@ -16,6 +19,7 @@ import pytest
 import zstandard
 
 from megagpt.corpus import CorpusConfig, Report, pipeline, preprocess
+from megagpt.corpus.plan import make_plan
 from megagpt.corpus.workspace import Receipt
 from megagpt.data.indexed import IndexedDataset
 from megagpt.data.manifest import Manifest
@@ -89,6 +93,59 @@ def test_without_deduplication_and_shuffle_every_document_comes_out_in_the_order
     lines = [json.loads(line) for name in "ab" for line in (corpus / f"in/{name}.jsonl").read_text().splitlines()[:62]]
     expected = [line["text"] for line in lines] + ["def f():\n    return '<|endoftext|>'"]
     assert texts_of(corpus / "out") == expected
+
+
+def test_without_a_shuffle_the_order_is_that_of_the_input_though_it_is_cut(corpus: Path) -> None:
+    for name, chunk_mb in (("whole", 1.0), ("cut", 0.0007)):
+        options: dict[str, Any] = {"shuffle": False, "validation_fraction": 0, "max_bad": 0.1}
+        report = run(corpus, name, execution={"chunk_mb": chunk_mb}, **options)
+    assert report.stages[0].tasks > 10
+    assert texts_of(corpus / "cut") == texts_of(corpus / "whole")
+
+
+def test_a_text_is_in_the_same_split_wherever_it_stands_in_the_input(tmp_path: Path) -> None:
+    rng = random.Random(2)
+    texts = [document(rng, 30).strip() for _ in range(100)]
+    splits = []
+    for name, order in (("one", texts), ("two", texts[::-1]), ("three", [document(rng, 30), *texts])):
+        write_jsonl(tmp_path / f"{name}.jsonl", order)
+        run(tmp_path, name, input=[str(tmp_path / f"{name}.jsonl")], validation_fraction=0.3)
+        splits.append(set(texts_of(tmp_path / name, "validation")) & set(texts))
+    assert splits[0] == splits[1] == splits[2]
+    assert 10 < len(splits[0]) < 60
+
+
+def test_copies_that_nobody_removes_are_in_one_split(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "in/a.jsonl", ["one", "two", "one", "two", "one"])
+    run(tmp_path, dedup={"method": "none"}, validation_fraction=0.0001)
+    train, validation = texts_of(tmp_path / "out"), texts_of(tmp_path / "out", "validation")
+    assert sorted(train + validation) == ["one"] * 3 + ["two"] * 2
+    assert not set(train) & set(validation)
+
+
+def test_the_counts_of_bytes_are_those_of_the_records_and_of_their_cleaned_texts(tmp_path: Path) -> None:
+    texts = ["caf\u00e9 \n", "two", "two"]
+    path = write_jsonl(tmp_path / "in/a.jsonl", texts)
+    report = run(tmp_path)
+    assert report.counts["input_bytes"] == path.stat().st_size
+    assert report.counts["text_bytes"] == len("caf\u00e9".encode()) + 3 + 3
+    assert report.counts["kept_text_bytes"] == len("caf\u00e9".encode()) + 3
+
+
+def test_the_hash_of_a_plan_depends_on_vocabulary_versions_and_time_of_change(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CorpusConfig(input=[str(corpus / "in")], output=str(corpus / "out"))
+    tokenizer = load_tokenizer("bytes")
+    hashes = [make_plan(config, tokenizer).hash]
+    hashes.append(make_plan(config, dataclasses.replace(tokenizer, vocab_sha256="0" * 64)).hash)
+    for name, value in (("PIPELINE_VERSION", 0), ("library_versions", lambda _: {"ftfy": "0"})):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"megagpt.corpus.plan.{name}", value)
+            hashes.append(make_plan(config, tokenizer).hash)
+    os.utime(corpus / "in/a.jsonl", ns=(0, 0))
+    hashes.append(make_plan(config, tokenizer).hash)
+    assert len(set(hashes)) == len(hashes)
 
 
 def test_a_shuffle_keeps_every_document_and_depends_on_the_seed_alone(corpus: Path) -> None:
@@ -209,6 +266,41 @@ def test_too_many_bad_documents_are_an_error_that_shows_the_first(corpus: Path) 
     assert not (corpus / "out").exists()
     report = run(corpus, max_bad=0.016)
     assert next(stage for stage in report.stages if stage.name == "extract").reused > 0
+
+
+def test_too_many_bad_documents_are_an_error_of_a_finished_dataset_too(corpus: Path) -> None:
+    run(corpus, max_bad=0.016)
+    with pytest.raises(UserError, match=r"2 of 125 documents cannot be read"):
+        run(corpus, max_bad=0.015)
+
+
+def test_a_full_disk_is_an_error_that_names_the_work_folder(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("megagpt.corpus.pipeline.write_quarantine", fail)
+    with pytest.raises(
+        UserError, match=r"out\.work/\S+: No space left on device; free space for \S+out\.work/\S+, and "
+    ):
+        run(corpus, max_bad=0.1)
+
+
+def test_paths_may_have_bytes_that_are_no_utf8(corpus: Path) -> None:
+    (corpus / "in").rename(corpus / "in\udcff[b]")
+    run(corpus, "out\udcff", input=[str(corpus / "in\udcff*")], max_bad=0.1)
+    manifest = Manifest.load(corpus / "out\udcff")
+    assert manifest is not None
+    assert manifest.config["input"] == [str(corpus / "in\udcff*")]
+
+
+def test_a_run_that_earlier_work_helped_claims_no_speed(corpus: Path) -> None:
+    with pytest.raises(UserError):
+        run(corpus)
+    report = run(corpus, max_bad=0.1)
+    assert report.megabytes_per_second is None
+    assert "MB/s" not in (corpus / "out/report.html").read_text()
+    assert run(corpus, "fresh", max_bad=0.1).megabytes_per_second is not None
+    assert "MB/s" in (corpus / "fresh/report.html").read_text()
 
 
 def test_a_document_that_cleaning_empties_is_removed_and_not_an_error(tmp_path: Path) -> None:

@@ -46,6 +46,14 @@ def test_of_two_documents_or_more_each_split_gets_at_least_one(count: int, fract
     assert 0 < chosen.sum() < count
 
 
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=20), st.floats(0.0001, 0.9999))
+def test_copies_are_never_on_both_sides(numbers: list[int], fraction: float) -> None:
+    hashes = HASHES[numbers]
+    chosen = in_validation(hashes, fraction, seed=0)
+    assert not set(hashes[chosen].tolist()) & set(hashes[~chosen].tolist())
+    assert chosen.any() == (len(set(numbers)) > 1)
+
+
 def test_a_single_document_is_for_training() -> None:
     assert not in_validation(HASHES[:1], 0.9, seed=0).any()
 

@@ -97,12 +97,12 @@ def test_files_that_do_not_belong_to_the_manifest_are_refused(tmp_path: Path) ->
 def test_one_changed_token_is_found_by_the_checksums(tmp_path: Path) -> None:
     write_dataset(tmp_path / "train", [[1, 2], [3]])
     manifest = save_manifest(tmp_path / "train")
-    manifest.verify_files(IndexedDataset(tmp_path / "train"))
+    manifest.verify_files(tmp_path)
     write_dataset(tmp_path / "train", [[1, 2], [4]])
     with pytest.raises(
         UserError, match=r"train\.bin: 6 bytes with xxh3_128 [0-9a-f]{32}, but manifest\.json .* again$"
     ):
-        manifest.verify_files(IndexedDataset(tmp_path / "train"))
+        manifest.verify_files(tmp_path)
 
 
 def test_the_tokenizer_is_found_by_name_or_copy_and_its_vocabulary_is_checked(tmp_path: Path) -> None:
