@@ -136,6 +136,56 @@ def test_an_interrupt_ends_the_run_quietly_and_keeps_what_was_done(corpus: Path,
     assert list(tmp_path.glob("out.work/*/extract/0*"))
 
 
+def test_an_interrupt_while_the_workers_start_is_as_quiet(corpus: Path, tmp_path: Path) -> None:
+    process = start(corpus, tmp_path)
+    wait_until(lambda: len(children_of(process.pid)) >= 2)  # multiprocessing's resource tracker and fork server
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, "error: interrupted\n")
+
+
+def test_a_request_to_end_ends_the_run_with_its_workers_in_one_line(corpus: Path, tmp_path: Path) -> None:
+    process = start(corpus, tmp_path)
+    wait_until(lambda: bool(list(tmp_path.glob("out.work/*/*/.0*"))))
+    workers = [int(path.name.rpartition(".")[2]) for path in tmp_path.glob("out.work/*/*/.0*")]
+    process.terminate()
+    _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (143, "error: terminated; run the same command again to go on\n")
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+    assert not (tmp_path / ".out.lock").exists()
+
+
+def start(corpus: Path, folder: Path) -> "subprocess.Popen[str]":
+    """A run of many small tasks, in a process group of its own."""
+    (folder / "config.yaml").write_text("execution: {chunk_mb: 0.1}\n")
+    arguments = ("--config", folder / "config.yaml", "--input", corpus, "--output", folder / "out", "--workers", 2)
+    return subprocess.Popen(
+        command(*arguments),
+        cwd=ROOT,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def children_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+def test_paths_that_look_like_markup_or_are_no_text_are_shown_and_used(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "[bold] [/red] :smile:" / "a\x7f: b.jsonl", ["one", "broken"])
+    output = tmp_path / "[/x] :smile:"
+    result = run("--input", tmp_path / "[bold] [/red] :smile:", "--output", output, "--tokenizer", "bytes")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"written: {output};" in result.stdout
+    odd = tmp_path / "odd\udcff\n"
+    result = run("--input", tmp_path / "[bold] [/red] :smile:", "--output", odd, "--tokenizer", "bytes")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert f"written: {str(odd)!r};" in result.stdout
+    assert (odd / "train.bin").is_file()
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not condition():

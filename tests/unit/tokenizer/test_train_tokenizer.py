@@ -75,6 +75,7 @@ def test_the_file_is_the_vocabulary_of_the_text_for_tiktokens_loader_and_ours(co
             r"a vocabulary of [\d]+ entries only; give more",
         ),
         (["--input", "{corpus}/a.jsonl", "--text-key", "txt"], 1, r"a vocabulary of 257 entries only.*no key 'txt'"),
+        (["--input", "{corpus}", "--output", "gpt2.tiktoken"], 2, r"--output gpt2\.tiktoken: gpt2 names another tok"),
         ([], 2, r"Missing option '--input'"),
     ],
 )
@@ -95,6 +96,17 @@ def test_an_unquoted_pattern_gives_the_same_file_as_a_quoted_one(corpus: Path, t
         done = run("--input", *inputs, "--vocab-size", 300, "--output", tmp_path / output)
         assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "quoted").read_bytes() == (tmp_path / "unquoted").read_bytes()
+
+
+@pytest.mark.slow
+def test_the_file_of_an_earlier_run_is_no_text_to_train_on(corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\n".join(TOPICS[:20]), encoding="utf-8")
+    files = []
+    for _ in range(2):
+        done = run("--input", tmp_path, "--vocab-size", 300, "--output", tmp_path / "own.tiktoken")
+        assert (done.returncode, done.stderr) == (0, "")
+        files.append((tmp_path / "own.tiktoken").read_bytes())
+    assert files[0] == files[1]
 
 
 @pytest.mark.slow
