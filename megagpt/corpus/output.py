@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megagpt.corpus.config import CorpusConfig
+from megagpt.corpus.sources import one_line
 from megagpt.corpus.workspace import disk_error, locked
 from megagpt.data.atomic import fsync_path
 from megagpt.data.manifest import FILE_NAME, Manifest
@@ -25,19 +26,21 @@ def run_folders(config: CorpusConfig) -> tuple[Path, Path]:
         raise UsageError(f"--output {config.output!r}: is no folder that a dataset could become; name one")
     work_dir = Path(config.execution.work_dir or f"{output}.work").resolve()
     if work_dir.is_relative_to(output):
-        raise UsageError(f"--work-dir {work_dir}: lies in --output {output}; choose one outside")
+        raise UsageError(f"--work-dir {one_line(work_dir)}: lies in --output {one_line(output)}; choose one outside")
     return output, work_dir
 
 
 @contextlib.contextmanager
 def reserved(output: Path) -> Iterator[None]:
     """Keep other runs from `output`. UserError: another run makes it, or its parent folder cannot be written."""
-    busy = f"output {output}: another run is making it; wait for it, or choose another"
+    busy = f"output {one_line(output)}: another run is making it; wait for it, or choose another"
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked(output.with_name(f".{output.name}.lock"), busy))
         except OSError as error:
-            raise UserError(f"output {output}: cannot be written: {error.strerror}; choose another") from error
+            raise UserError(
+                f"output {one_line(output)}: cannot be written: {error.strerror}; choose another"
+            ) from error
         yield
 
 
@@ -49,7 +52,9 @@ def finished(output: Path, plan_hash: str) -> Manifest | None:
     for name, checksum in manifest.checksums.items():
         path = output / name
         if not path.is_file() or path.stat().st_size != checksum.size:
-            raise UserError(f"{path}: not as the manifest beside it says; give --overwrite to make the dataset again")
+            raise UserError(
+                f"{one_line(path)}: not as the manifest beside it says; give --overwrite to make the dataset again"
+            )
     return manifest
 
 
@@ -57,20 +62,21 @@ def check_replaceable(output: Path, overwrite: bool) -> None:
     """UserError if `output` exists, unless it is an empty folder, or a dataset and `overwrite` allows to replace it."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
+    where = f"output {one_line(output)}"
     manifest = Manifest.load(output) if output.is_dir() else None
     if manifest is None:
-        raise UserError(f"output {output}: exists, and is not a token dataset; choose another")
+        raise UserError(f"{where}: exists, and is not a token dataset; choose another")
     if not overwrite:
         raise UserError(
-            f"output {output}: exists, made from other input or with other options; choose another, or give --overwrite"
+            f"{where}: exists, made from other input or with other options; choose another, or give --overwrite"
         )
     own = {FILE_NAME, REPORT_NAME, *manifest.checksums}
     own |= {f"{split}.{suffix}" for split in manifest.splits for suffix in ("bin", "idx")}
     for path in sorted(output.iterdir()):
         if path.name not in own or not path.is_file():
             raise UserError(
-                f"output {output}: {path.name!r} in it is no part of the dataset, and --overwrite would delete it; "
-                "move it away, or choose another output"
+                f"{where}: {path.name!r} in it is no part of the dataset, and --overwrite would delete it; move it away, "
+                "or choose another output"
             )
 
 
@@ -96,7 +102,7 @@ def publishing(output: Path, plan_hash: str, overwrite: bool) -> Iterator[Path]:
         if old.exists():
             shutil.rmtree(old)
     except OSError as error:
-        raise UserError(f"output {output}: {disk_error(error, output)}") from error
+        raise UserError(f"output {one_line(output)}: {disk_error(error, output)}") from error
     finally:
         if aside.exists():
             shutil.rmtree(aside)

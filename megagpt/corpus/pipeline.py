@@ -25,6 +25,7 @@ from megagpt.corpus.quarantine import QUARANTINE_NAME, check_bad_ratio, write_qu
 from megagpt.corpus.removed import write_removed
 from megagpt.corpus.report import Report, StageTime, render_html
 from megagpt.corpus.select import SPLITS, SelectTask
+from megagpt.corpus.sources import one_line
 from megagpt.corpus.tokenize import TokenizeTask
 from megagpt.corpus.workspace import disk_error, open_workspace
 from megagpt.data.indexed import token_dtype
@@ -121,7 +122,7 @@ class _Run:
         try:
             return write_quarantine(path, chunks, self.plan.files)
         except OSError as error:
-            raise UserError(f"work folder {self.folder}: {disk_error(error, self.folder)}") from error
+            raise UserError(f"work folder {one_line(self.folder)}: {disk_error(error, self.folder)}") from error
 
     def _select(self, chunks: list[Path]) -> StageResult:
         """Find the duplicates and decide about every document."""

@@ -37,7 +37,7 @@ def check_bad_ratio(path: Path, bad: int, documents: int, max_bad: float) -> Non
     where = f"{one_line(first['file'])}, {place}"
     raise UserError(
         f"{bad:,} of {documents + bad:,} documents cannot be read ({bad / (documents + bad):.1%}, more than --max-bad "
-        f"{max_bad}); the first: {where}: {first['reason']} ({first['detail']}); all of them: {path}; "
+        f"{max_bad}); the first: {where}: {first['reason']} ({first['detail']}); all of them: {one_line(path)}; "
         "mend the input, or raise --max-bad to go on without them"
     )
 

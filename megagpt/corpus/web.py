@@ -3,11 +3,12 @@
 A page of an archive is a `response` record of HTTP status 200 with HTML; a text is a `conversion` record. All other
 records (requests, metadata, redirects, images) are no documents. A position is the offset of the record in the
 uncompressed archive. Needs the `web` extra, fastwarc and resiliparse, whose time for a page grows with the square of
-the depth of nested <div>s.
+the depth of nested <div>s: a page beyond a bound is a bad record.
 """
 
 import io
 import os
+import re
 from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING, Literal
 
@@ -17,6 +18,8 @@ from megagpt.corpus.records import DAMAGED, EMPTY, BadRecord, BadRecordError, Do
 if TYPE_CHECKING:
     from fastwarc.warc import WarcRecord
 
+_MOST_NESTED_DIVS = 4096  # an eighth of a second
+_DIV = re.compile(r"<(/?)div[\s/>]", re.IGNORECASE)
 _HTML_TYPES = ("text/html", "application/xhtml+xml")
 
 
@@ -24,10 +27,21 @@ def main_text(content: bytes, charset: str | None = None) -> str:
     """The text of the main content of an HTML page, without menus, headers and footers; "" if it has none.
 
     Bytes that are valid UTF-8 are taken as that, others as `charset`, else as what the page declares or looks like.
+    BadRecordError: its elements are nested too deeply.
     """
     from resiliparse.extract.html2text import extract_plain_text
 
-    return extract_plain_text(_decode_html(content, charset), main_content=True, alt_texts=False)
+    page = _decode_html(content, charset)
+    _check_nesting(page)
+    return extract_plain_text(page, main_content=True, alt_texts=False)
+
+
+def _check_nesting(page: str) -> None:
+    depth = 0
+    for tag in _DIV.finditer(page):
+        depth = max(0, depth - 1) if tag[1] else depth + 1
+        if depth > _MOST_NESTED_DIVS:
+            raise BadRecordError("nested too deeply", f"more than {_MOST_NESTED_DIVS} <div> at character {tag.start()}")
 
 
 def _decode_html(content: bytes, charset: str | None) -> str:

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from megagpt.corpus.sources import one_line
 from megagpt.data.atomic import fsync_path
 from megagpt.errors import UserError
 
@@ -75,21 +76,23 @@ def open_workspace(folder: Path) -> Iterator[Path]:
 
     UserError: another run works in it, or it cannot be made.
     """
-    busy = f"work folder {folder}: another run of the same plan is using it; wait for it"
+    busy = f"work folder {one_line(folder)}: another run of the same plan is using it; wait for it"
     with contextlib.ExitStack() as stack:
         try:
             stack.enter_context(locked(folder / ".lock", busy))
             for remains in folder.glob("*/.*"):
                 shutil.rmtree(remains)
         except OSError as error:
-            raise UserError(f"work folder {folder}: {error.strerror}; choose another with --work-dir") from error
+            raise UserError(
+                f"work folder {one_line(folder)}: {error.strerror}; choose another with --work-dir"
+            ) from error
         yield folder
 
 
 def disk_error(error: OSError, folder: Path) -> str:
     """What an error of the disk, met while working with `folder`, was, and what to do: the rest of a message."""
-    name = f"{error.filename}: " if error.filename else ""
-    space = f"free space for {folder}, and " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
+    name = f"{one_line(error.filename)}: " if error.filename else ""
+    space = f"free space for {one_line(folder)}, and " if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
     return f"{name}{error.strerror or error}; {space}run the same command again to go on"
 
 

@@ -226,3 +226,13 @@ def test_without_the_extra_such_a_file_is_an_error_that_says_what_to_install_and
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(UserError, match=rf"{name}: reading it needs {library}; .* pip install 'megagpt\[web\]'"):
         find_files([str(tmp_path)])
+
+
+def test_a_page_nested_so_deeply_that_reading_it_would_take_hours_is_a_bad_record(tmp_path: Path) -> None:
+    (tmp_path / "a.html").write_text("<DIV class=x>" * 200_000 + "text")
+    (bad,) = read(tmp_path / "a.html")
+    assert isinstance(bad, BadRecord)
+    assert bad.reason == "nested too deeply"
+    (tmp_path / "b.html").write_text("<main>" + "<div><p>Text of a long page.</p></div>" * 10_000)
+    (document,) = read(tmp_path / "b.html")
+    assert isinstance(document, Document)
