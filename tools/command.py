@@ -4,6 +4,8 @@ A command module builds a typer app and ends with `if __name__ == "__main__": ru
 usage errors are turned into one line; any other exception is a bug and keeps its traceback.
 """
 
+import errno
+import io
 import os
 import sys
 from typing import Any, NoReturn
@@ -26,7 +28,12 @@ def single_command(function, name: str) -> typer.Typer:  # type: ignore[no-untyp
 def run_command(app: typer.Typer, prog_name: str) -> NoReturn:
     """Run `app` on sys.argv; print a user's error as one line on stderr; exit."""
     try:
+        # What the terminal or file cannot show becomes "?"; an output is never cut off by an UnicodeEncodeError.
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="replace")
         result = app(prog_name=prog_name, standalone_mode=False)
+        sys.stdout.flush()
         code = result if isinstance(result, int) else 0
         if code == 130:  # what newer typers make of an interrupt
             fail("interrupted", code)
@@ -40,6 +47,11 @@ def run_command(app: typer.Typer, prog_name: str) -> NoReturn:
         # The reader of our output went away (`... | head`): not our failure, and nothing is left to say to it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    except OSError as error:
+        if error.errno != errno.ENOSPC or error.filename is not None:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = fail(f"cannot write the output: {error.strerror}", 1)
     sys.exit(code)
 
 

@@ -64,6 +64,7 @@ def dump(value: Any, flow: bool = False) -> str:
 def parse(text: str) -> tuple[Any, dict[KeyPath, int], list[tuple[KeyPath, int]]]:
     """The value of a YAML document, the line of each key, and (key, line) of repeated keys; raises yaml.YAMLError."""
     loader = _Loader(text)
+    root = None
     try:
         root = loader.get_single_node()
         lines: dict[KeyPath, int] = {}
@@ -73,6 +74,10 @@ def parse(text: str) -> tuple[Any, dict[KeyPath, int], list[tuple[KeyPath, int]]
                 duplicates.append((key_path, line))
             lines[key_path] = line
         value = None if root is None else loader.construct_document(root)
+    except (ValueError, KeyError, RecursionError) as error:  # !!int abc, a number of 5,000 digits, 3,000 brackets
+        mark = None if root is None else root.start_mark
+        reason = "nested too deeply" if isinstance(error, RecursionError) else f"a value does not fit its type: {error}"
+        raise yaml.constructor.ConstructorError(None, None, reason, mark) from error
     finally:
         loader.dispose()
     return value, lines, duplicates

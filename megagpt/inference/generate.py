@@ -7,8 +7,9 @@ import codecs
 from collections.abc import Iterator, Sequence
 
 import torch
+from torch import Tensor
 
-from megagpt.errors import UsageError
+from megagpt.errors import UsageError, UserError
 from megagpt.inference.cache import KVCache
 from megagpt.inference.sampling import Sampling, draw, sample_generators, uniforms
 from megagpt.model import GPT
@@ -25,13 +26,13 @@ def generate(
     max_new_tokens: int,
     seed: int = 0,
     stop_id: int | None = None,
-    vocab_size: int | None = None,
+    allowed: Tensor | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield, step by step, the next token of each sample; None for samples that have ended.
 
-    A sample ends before `stop_id`, after `max_new_tokens` tokens, or where the model's context is full. Ids from
-    `vocab_size` on, which pad the model's vocabulary, are never drawn. `model` should be in eval mode.
-    Raises UsageError for an empty prompt, or one longer than the context.
+    A sample ends before `stop_id`, after `max_new_tokens` tokens, or where the model's context is full. `allowed`:
+    (vocab,) bool, the ids that may be drawn; None: all. `model` should be in eval mode.
+    Raises UsageError for an empty prompt, or one longer than the context; UserError if the logits are not finite.
     """
     max_new_tokens = min(max_new_tokens, tokens_left(model, len(prompt_ids)))
     weight = model.embedding.weight
@@ -44,7 +45,7 @@ def generate(
     for step in range(max_new_tokens):
         if step > 0:
             logits = model(input_ids, cache=cache, last_position_only=True)
-        probabilities = sampling.probabilities(logits[:, -1, :vocab_size])
+        probabilities = sampling.probabilities(_checked(logits[:, -1], allowed))
         tokens = draw(probabilities, uniforms(generators).to(weight.device))
         running = [runs and token != stop_id for runs, token in zip(running, tokens.tolist(), strict=True)]
         if not any(running):
@@ -76,13 +77,33 @@ def generate_text(
         max_new_tokens=max_new_tokens,
         seed=seed,
         stop_id=tokenizer.eod_id,
-        vocab_size=tokenizer.vocab_size,
+        allowed=_drawable(tokenizer, model),
     ):
         yield [
             "" if token is None else decoder.decode(tokenizer.decode_bytes([token]))
             for token, decoder in zip(tokens, decoders, strict=True)
         ]
     yield [decoder.decode(b"", final=True) for decoder in decoders]
+
+
+def _checked(logits: Tensor, allowed: Tensor | None) -> Tensor:
+    """The logits (batch, vocab) of allowed ids, -inf elsewhere. Raises UserError if the largest is not finite."""
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -torch.inf)
+    if not torch.isfinite(logits.amax(dim=-1)).all():
+        raise UserError(
+            "the model's logits are not finite: its training diverged, or fp16 is too narrow for it; "
+            "try an earlier checkpoint, or fp32"
+        )
+    return logits
+
+
+def _drawable(tokenizer: Tokenizer, model: GPT) -> Tensor:
+    """(vocab,) bool: ordinary tokens and the end of a document, no padding, holes or control tokens."""
+    ids = torch.tensor([*tokenizer.ranks.values(), tokenizer.eod_id])
+    allowed = torch.zeros(model.config.vocab_size, dtype=torch.bool)
+    allowed[ids[ids < len(allowed)]] = True
+    return allowed.to(model.embedding.weight.device)
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:

@@ -6,7 +6,7 @@ See megagpt.training.run and megagpt.training.checkpoint, which write them.
 """
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from pydantic import ValidationError
@@ -52,11 +52,16 @@ def load_model(
     if not (run_dir / "config.yaml").is_file():
         raise UserError(f"{run_dir / 'config.yaml'}: missing; a checkpoint is read together with its run folder")
     config = load_config(run_dir / "config.yaml")
-    if ModelConfig.model_validate(read_manifest(checkpoint).model) != config.model:
+    if _model_of(checkpoint, read_manifest(checkpoint).model) != config.model:
         raise UserError(f"{run_dir / 'config.yaml'}: describes another model than {checkpoint}; restore that file")
     with torch.device("meta"):
         model = GPT(config.model)
-    model.load_state_dict(load_weights(checkpoint), assign=True)
+    weights = load_weights(checkpoint)
+    expected = set(model.state_dict())
+    if wrong := sorted(expected ^ weights.keys()):
+        state = "has no" if wrong[0] in expected else "has an unknown"
+        raise UserError(f"{checkpoint}: {state} weight {wrong[0]}; it is damaged or of another version of megagpt")
+    model.load_state_dict(weights, assign=True)
     model = model.to(device, dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)).eval()
     found = load_tokenizer(tokenizer, vocab_dir) if tokenizer else _own_tokenizer(run_dir, vocab_dir)
     if found.vocab_size > config.model.vocab_size:
@@ -76,6 +81,16 @@ def _resolve(device: str | torch.device) -> torch.device:
     return device
 
 
+def _model_of(checkpoint: Path, values: dict[str, Any]) -> ModelConfig:
+    try:
+        return ModelConfig.model_validate(values)
+    except ValidationError as error:
+        key = ".".join(map(str, error.errors()[0]["loc"]))
+        raise UserError(
+            f"{checkpoint}: this version of megagpt does not know its model's {key}={values.get(key)!r}"
+        ) from None
+
+
 def _own_tokenizer(run_dir: Path, vocab_dir: str | Path | None) -> Tokenizer:
     """The tokenizer that tokenizer.json describes, checked to be the one of the training data."""
     path = run_dir / "tokenizer.json"
@@ -83,8 +98,12 @@ def _own_tokenizer(run_dir: Path, vocab_dir: str | Path | None) -> Tokenizer:
         info = TokenizerInfo.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: missing; name the tokenizer of the training data") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except ValidationError as error:
         raise UserError(f"{path}: not a tokenizer's description: {error.errors()[0]['msg']}") from None
+    if info.file and not (run_dir / info.file).is_file():
+        raise UserError(f"{run_dir / info.file}: the run's vocabulary is missing; copy it from the dataset's folder")
     tokenizer = load_tokenizer(run_dir / info.file if info.file else info.name, vocab_dir)
     if tokenizer.vocab_sha256 != info.vocab_sha256:
         raise UserError(

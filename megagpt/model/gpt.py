@@ -84,7 +84,7 @@ class GPT(nn.Module):
         """Logits (batch, seq, vocab), or with targets the sum of their cross-entropies (fp32 scalar).
 
         input_ids, targets: (batch, seq) int64; targets of IGNORE_INDEX (-100) have no loss.
-        document_ids: (batch, seq) int; attention and positions stop where it changes from one token to the next.
+        document_ids: (batch, seq) int; attention and positions stop where it changes. An id must not come again later.
         cache: earlier positions to attend to; this call's are appended. Not together with document_ids.
         last_position_only: logits (batch, 1, vocab) of the last position, which is what decoding needs.
         Raises ValueError for more positions than a learned table has.
@@ -98,7 +98,7 @@ class GPT(nn.Module):
         rotary = self._rotary_tables(positions)
         hidden_states = self.dropout(self._embed(input_ids, positions))
         for index, block in enumerate(self.blocks):
-            if self.activation_checkpointing and self.training:
+            if self.activation_checkpointing and self.training and cache is None:
                 hidden_states = checkpoint(block, hidden_states, rotary, mask, use_reentrant=False)
             else:
                 hidden_states = block(hidden_states, rotary, mask, None if cache is None else cache.layers[index])

@@ -27,7 +27,7 @@ class LossKernels(NamedTuple):
     """The element-wise passes of the loss, exchangeable for compiled ones."""
 
     cross_entropy_: Callable[[Tensor, Tensor, bool], Tensor]
-    accumulate_: Callable[[Tensor, Tensor], object]
+    accumulate_: Callable[[Tensor, Tensor, int], object]
 
     def compiled(self) -> "LossKernels":
         """The same passes, each fused into one kernel at first use."""
@@ -39,7 +39,7 @@ def cross_entropy_(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tens
     exact = logits.to(_at_least_fp32(logits.dtype))
     log_normalizer = torch.logsumexp(exact, dim=-1)
     valid = targets != IGNORE_INDEX
-    target_logits = exact.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
+    target_logits = exact.gather(1, torch.where(valid, targets, 0).unsqueeze(1)).squeeze(1)
     loss = torch.where(valid, log_normalizer - target_logits, 0.0).sum()
     if with_gradient:
         vocabulary = torch.arange(logits.shape[1], device=logits.device)
@@ -49,9 +49,9 @@ def cross_entropy_(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tens
     return loss
 
 
-def accumulate_(total: Tensor, addend: Tensor) -> None:
-    """Add to `total` (fp32) in place; compiled, `addend` (any float) is never copied to fp32."""
-    total.add_(addend)
+def accumulate_(total: Tensor, addend: Tensor, scale: int) -> None:
+    """Add scale x addend to `total` (fp32) in place; compiled, `addend` (any float) is never copied to fp32."""
+    total.add_(addend, alpha=scale)
 
 
 EAGER_KERNELS = LossKernels(cross_entropy_, accumulate_)
@@ -99,7 +99,7 @@ def _forward(
     device, (vocab_size, hidden_size) = weight.device.type, weight.shape
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
-    chunk_tokens = min(_chunk_tokens(vocab_size, device), len(targets))
+    chunk_tokens = min(_chunk_tokens(vocab_size, device), max(1, len(targets)))
     loss = weight.new_zeros((), dtype=_at_least_fp32(dtype))
     # Results are written into buffers made once: fresh memory for each chunk costs as much as half a matrix product.
     logits_buffer = weight.new_empty(chunk_tokens, vocab_size)
@@ -109,6 +109,8 @@ def _forward(
         # As (hidden, vocab), which CPUs multiply a fifth faster than its transpose.
         grad_weight = weight.new_zeros(hidden_size, vocab_size, dtype=loss.dtype)
         product = weight.new_empty(hidden_size, vocab_size)
+        # In fp16 the sum over a chunk could overflow, before the loss scale has any say; a power of two is exact.
+        scale = 64 if dtype == torch.float16 else 1
     for start in range(0, len(targets), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
         logits = logits_buffer[: len(targets[chunk])]
@@ -118,8 +120,10 @@ def _forward(
         if hidden_gradient:
             torch.mm(grad_logits, weight, out=grad_hidden[chunk])
         if weight_gradient:
-            torch.mm(hidden_states[chunk].t(), grad_logits, out=product)
-            kernels.accumulate_(grad_weight, product)
+            torch.mm(
+                (hidden_states[chunk] / scale if scale > 1 else hidden_states[chunk]).t(), grad_logits, out=product
+            )
+            kernels.accumulate_(grad_weight, product, scale)
     return loss, grad_hidden if hidden_gradient else None, grad_weight.t() if weight_gradient else None
 
 

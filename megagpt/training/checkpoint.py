@@ -155,8 +155,9 @@ def read_manifest(checkpoint: Path) -> CheckpointManifest:
     path = checkpoint / "manifest.json"
     try:
         values = json.loads(path.read_bytes())
-        if isinstance(values, dict) and values.get("format_version", 0) > FORMAT_VERSION:
-            raise UserError(f"{path}: format {values['format_version']} is newer than this version of megagpt reads")
+        version = values.get("format_version") if isinstance(values, dict) else None
+        if isinstance(version, int) and version > FORMAT_VERSION:
+            raise UserError(f"{path}: format {version} is newer than this version of megagpt reads")
         manifest = CheckpointManifest.model_validate(values)
     except FileNotFoundError:
         raise DamagedCheckpointError(f"{path}: no such file") from None

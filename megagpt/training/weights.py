@@ -9,6 +9,7 @@ The files are memory-mapped, so the optimizer's moments are never read.
 import io
 import logging
 import math
+import pickle
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,11 @@ def _load(folder: Path, pattern: str) -> dict[str, Any]:
         raise UserError(f"{folder}: has no {pattern}; the checkpoint is damaged")
     chatter = io.StringIO()  # unpickling imports DeepSpeed, which prints
     with redirect_stdout(chatter), redirect_stderr(chatter):
-        content = torch.load(found[0], map_location="cpu", mmap=True, weights_only=False)
+        try:
+            content = torch.load(found[0], map_location="cpu", mmap=True, weights_only=False)
+        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{found[0]}: not a file that torch saved ({reason}); the checkpoint is damaged") from error
     if chatter.getvalue():
         logger.info("%s", chatter.getvalue())
     return content

@@ -1,6 +1,7 @@
 """The literals are those of the YAML 1.2.2 specification, section 10.3, and what YAML 1.1 reads differently."""
 
 import pytest
+import yaml
 
 from megagpt.config.yaml12 import parse
 
@@ -33,3 +34,9 @@ def test_every_key_and_entry_has_the_line_it_stands_on():
 def test_keys_given_twice_are_reported_with_the_line_of_the_later_one():
     assert parse("a: {b: 1}\nc: 2\na: 3\n")[2] == [(("a",), 3)]
     assert parse("a: 1\nb: {a: 2}\n")[2] == []
+
+
+@pytest.mark.parametrize("text", ["a: !!int abc", "a: !!bool maybe", "a: !!float x", f"a: {'9' * 5000}", "[" * 3000])
+def test_what_does_not_fit_its_type_is_a_yaml_error(text):
+    with pytest.raises(yaml.YAMLError):
+        parse(text)

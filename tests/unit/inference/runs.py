@@ -40,6 +40,8 @@ def write_run(run_dir: Path, *steps: int, model: ModelConfig = CONFIG) -> GPT:
             global_batch_size=1,
             seed=0,
             seq_len=48,
+            document_mask=False,
+            no_decay=["bias", "norm"],
             data_fingerprint="none",
             model=model.model_dump(),
         )

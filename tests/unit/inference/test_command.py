@@ -53,6 +53,18 @@ def test_reads_the_prompt_from_standard_input_without_its_last_line_end(run_dir)
     assert done.stdout.startswith(b"two\nlines")
 
 
+def test_output_that_the_terminal_cannot_show_is_replaced_and_a_full_disk_is_one_line(run_dir):
+    command = [sys.executable, "-m", "tools.generate", str(run_dir), "--prompt", "Añ", "--max-tokens", "5"]
+    shared = {"cwd": ROOT, "stderr": subprocess.PIPE, "timeout": 120, "check": False}
+    ascii_only = os.environ | {"PYTHONIOENCODING": "ascii"}
+    shown = subprocess.run(command, stdout=subprocess.PIPE, env=ascii_only, **shared)
+    assert (shown.returncode, shown.stderr) == (0, b"")
+    assert shown.stdout.startswith(b"A?")
+    with open("/dev/full", "wb") as full:
+        failed = subprocess.run(command, stdout=full, **shared)
+    assert (failed.returncode, failed.stderr) == (1, b"error: cannot write the output: No space left on device\n")
+
+
 def test_says_when_the_context_ends_first(run_dir):
     done = generate(run_dir, "--prompt", "x" * 40, "--max-tokens", 100)
     assert (done.returncode, done.stderr) == (0, b"note: the model's context ends after 9 new tokens\n")

@@ -1,11 +1,12 @@
 """Continuations against a loop without cache that runs the whole sequence for every token."""
 
 import pytest
+import tiktoken
 import torch
 
-from megagpt.errors import UsageError
+from megagpt.errors import UsageError, UserError
 from megagpt.inference import Sampling, generate, generate_text
-from megagpt.tokenizer import load_tokenizer
+from megagpt.tokenizer import Tokenizer, load_tokenizer
 from tests.unit.model.configs import FAMILIES, build, tokens
 
 
@@ -60,8 +61,32 @@ def test_generation_ends_where_all_samples_have_ended(model):
 
 
 def test_padding_ids_of_the_vocabulary_are_never_drawn(model):
-    steps = generate(model, [1], Sampling(5.0), num_samples=30, max_new_tokens=39, vocab_size=10)
+    steps = generate(
+        model, [1], Sampling(5.0), num_samples=30, max_new_tokens=39, allowed=torch.arange(model.config.vocab_size) < 10
+    )
     assert {token for sample in collect(steps) for token in sample} == set(range(10))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_an_error(value, temperature):
+    broken = build(FAMILIES["gpt2"])
+    with torch.no_grad():
+        broken.embedding.weight[3] = value
+    with pytest.raises(UserError, match="logits are not finite"):
+        list(generate(broken, [1], Sampling(temperature), max_new_tokens=3))
+
+
+def test_holes_and_control_tokens_of_a_vocabulary_are_never_drawn():
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    special = {"<|endoftext|>": 300, "<|control|>": 301}
+    encoding = tiktoken.Encoding("holes", pat_str=r"(?s:.)", mergeable_ranks=ranks, special_tokens=special)
+    tokenizer = Tokenizer("holes", encoding, vocab_sha256="")
+    model = build(FAMILIES["gpt2"].model_copy(update={"vocab_size": 310}))
+    steps = generate_text(model, tokenizer, "a", Sampling(50.0), num_samples=200, max_new_tokens=20)
+    text = "".join(piece for pieces in steps for piece in pieces)
+    assert len(text) > 500
+    assert "control" not in text
 
 
 def test_the_context_is_used_to_its_last_position_and_not_beyond(model):

@@ -49,12 +49,40 @@ def edit(path, old, new):
     path.write_text(text.replace(old, new))
 
 
+SHARD = "checkpoints/step_00000020/deepspeed/mp_rank_00_model_states.pt"
+
 PROBLEMS = {
     "no folder": (lambda run: shutil.rmtree(run), "no such run folder"),
     "no checkpoint": (lambda run: shutil.rmtree(run / "checkpoints"), "no complete checkpoint"),
     "no configuration": (lambda run: (run / "config.yaml").unlink(), "config.yaml: missing"),
     "no tokenizer": (lambda run: (run / "tokenizer.json").unlink(), "tokenizer.json: missing; name the tokenizer"),
     "not a tokenizer": (lambda run: (run / "tokenizer.json").write_text("{}"), "not a tokenizer's description"),
+    "tokenizer is a folder": (
+        lambda run: ((run / "tokenizer.json").unlink(), (run / "tokenizer.json").mkdir()),
+        "tokenizer.json: cannot be read: Is a directory",
+    ),
+    "no vocabulary file": (
+        lambda run: edit(run / "tokenizer.json", '"file":null', '"file":"own.tiktoken"'),
+        "own.tiktoken: the run's vocabulary is missing",
+    ),
+    "newer model": (
+        lambda run: edit(run / "checkpoints/step_00000020/manifest.json", '"vocab_size":', '"experts":8,"vocab_size":'),
+        "does not know its model's experts=8",
+    ),
+    "odd version": (
+        lambda run: [
+            edit(path, '"format_version":1', '"format_version":"x"') for path in run.glob("checkpoints/*/manifest.json")
+        ],
+        "every checkpoint in it is damaged",
+    ),
+    "another network's weights": (
+        lambda run: torch.save({"module": {"x": torch.zeros(1)}}, run / SHARD),
+        "step_00000020: has no weight blocks.0",
+    ),
+    "garbage weights": (
+        lambda run: (run / SHARD).write_bytes(b"garbage"),
+        "mp_rank_00_model_states.pt: not a file that torch saved",
+    ),
     "another vocabulary": (
         lambda run: edit(run / "tokenizer.json", 'sha256":"', 'sha256":"0'),
         "has sha256 .*, that of",

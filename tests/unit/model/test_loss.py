@@ -96,6 +96,16 @@ def test_weight_gradients_of_many_chunks_are_summed_in_fp32():
     assert weight.grad[0, 0].item() == pytest.approx(-tokens * (1 - 1 / VOCAB), rel=1e-2)
 
 
+def test_fp16_weight_gradient_of_many_equal_targets_does_not_overflow(monkeypatch):
+    monkeypatch.setattr(loss_module, "_CHUNK_ELEMENTS", {"cpu": 2**24})
+    tokens = 131_072  # in one chunk: a plain fp16 sum would reach 131,072 x 127/128, above 65,504
+    hidden = torch.ones(tokens, 4, dtype=torch.float16)
+    weight = torch.zeros(128, 4, dtype=torch.float16, requires_grad=True)
+    loss = linear_cross_entropy(hidden, weight, torch.zeros(tokens, dtype=torch.int64)) / tokens
+    loss.backward()
+    torch.testing.assert_close(weight.grad[0], torch.full((4,), -127 / 128, dtype=torch.float16), rtol=1e-2, atol=0)
+
+
 def test_autocast_computes_products_in_bf16_and_returns_fp32_gradients():
     hidden, weight, targets = inputs()
     with torch.autocast("cpu", torch.bfloat16):
