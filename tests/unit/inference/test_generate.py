@@ -106,7 +106,7 @@ class Script(torch.nn.Module):
 
     def __init__(self, said: bytes) -> None:
         super().__init__()
-        self.config = FAMILIES["gpt2"].model_copy(update={"max_seq_len": 1000})
+        self.config = FAMILIES["gpt2"].model_copy(update={"max_seq_len": 1000, "vocab_size": 257})
         self.embedding = torch.nn.Embedding(257, 1)
         self.script = iter([*said, 256])
 
