@@ -6,6 +6,7 @@ from typing import Annotated
 import numpy as np
 import typer
 
+from megagpt.corpus.sources import one_line
 from megagpt.data.indexed import IndexedDataset, bin_path, idx_path
 from megagpt.data.manifest import Manifest
 from megagpt.errors import UsageError, UserError
@@ -40,7 +41,7 @@ def main(
     if verify and (manifest := next(filter(None, manifests), None)):
         manifest.verify_files(Path(opened[0].prefix).parent)
     for one, manifest in zip(opened, manifests, strict=True):
-        print(one.prefix)
+        print(one_line(one.prefix))
         if verify:
             _verify(one, manifest)
         _print_counts(one)

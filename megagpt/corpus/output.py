@@ -75,8 +75,8 @@ def check_replaceable(output: Path, overwrite: bool) -> None:
     for path in sorted(output.iterdir()):
         if path.name not in own or not path.is_file():
             raise UserError(
-                f"{where}: {path.name!r} in it is no part of the dataset, and --overwrite would delete it; move it away, "
-                "or choose another output"
+                f"{where}: {path.name!r} in it is no part of the dataset, and --overwrite would delete it; move it, or "
+                "choose another output"
             )
 
 

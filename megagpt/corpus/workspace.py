@@ -76,16 +76,16 @@ def open_workspace(folder: Path) -> Iterator[Path]:
 
     UserError: another run works in it, or it cannot be made.
     """
-    busy = f"work folder {one_line(folder)}: another run of the same plan is using it; wait for it"
+    where = f"work folder {one_line(folder)}"
+    lock = folder.with_name(f".{folder.name}.lock")  # beside it: NFS keeps an open file in a folder that is removed
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(locked(folder / ".lock", busy))
+            stack.enter_context(locked(lock, f"{where}: another run of the same plan is using it; wait for it"))
+            folder.mkdir(exist_ok=True)
             for remains in folder.glob("*/.*"):
                 shutil.rmtree(remains)
         except OSError as error:
-            raise UserError(
-                f"work folder {one_line(folder)}: {error.strerror}; choose another with --work-dir"
-            ) from error
+            raise UserError(f"{where}: {error.strerror}; choose another with --work-dir") from error
         yield folder
 
 

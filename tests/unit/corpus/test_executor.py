@@ -168,24 +168,24 @@ def test_remains_of_killed_tasks_are_removed_and_results_stay(tmp_path: Path) ->
 def test_two_runs_of_one_plan_do_not_share_the_work_folder_and_a_killed_one_lets_go_of_it(tmp_path: Path) -> None:
     script = "import sys, time; from pathlib import Path; from megagpt.corpus.workspace import open_workspace\n"
     script += "with open_workspace(Path(sys.argv[1])): print('open', flush=True); time.sleep(60)"
-    other = subprocess.Popen([sys.executable, "-c", script, tmp_path], stdout=subprocess.PIPE, text=True)
+    other = subprocess.Popen([sys.executable, "-c", script, tmp_path / "run"], stdout=subprocess.PIPE, text=True)
     try:
         assert other.stdout is not None
         assert other.stdout.readline() == "open\n"
-        with pytest.raises(UserError, match="another run of the same plan"), open_workspace(tmp_path):
+        with pytest.raises(UserError, match="another run of the same plan"), open_workspace(tmp_path / "run"):
             pass
     finally:
         other.kill()
         other.communicate()
-    with open_workspace(tmp_path):
+    with open_workspace(tmp_path / "run"):
         pass
-    assert list(tmp_path.iterdir()) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_work_folder_that_cannot_be_made_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with (
-        pytest.raises(UserError, match=r"work folder .*file/work: Not a directory"),
+        pytest.raises(UserError, match=r"work folder .*file/work: File exists"),
         open_workspace(tmp_path / "file/work"),
     ):
         pass

@@ -215,7 +215,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
         (
             ["--input", "IN", "--output", "OUT", "--config", "WRONG"],
             2,
-            "dedup.bnads: unknown key; did you mean dedup.bands?",
+            "dedup.treshold: unknown key; did you mean dedup.threshold?",
         ),
         (["--input", "nowhere/*.jsonl", "--output", "OUT"], 1, "input nowhere/*.jsonl: no such file, folder or match"),
         (["--input", "IN", "--output", "IN/0.txt"], 1, "exists, and is not a token dataset"),
@@ -234,7 +234,7 @@ def test_each_mistake_has_one_line_and_its_exit_code(
     corpus: Path, tmp_path: Path, arguments: list[str], code: int, message: str
 ) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "good"}\nbroken\n')
-    (tmp_path / "wrong.yaml").write_text("dedup: {bnads: 3}\n")
+    (tmp_path / "wrong.yaml").write_text("dedup: {treshold: 0.7}\n")
     names = {
         "IN/0.txt": corpus / "0.txt",
         "IN/c.parquet": corpus / "c.parquet",
