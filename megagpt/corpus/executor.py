@@ -141,7 +141,7 @@ class LocalPool:
         context = multiprocessing.get_context("forkserver")  # fork is unsafe once the parent has threads
         context.set_forkserver_preload(["__main__", "megagpt.corpus.pipeline"])
         resource_tracker.ensure_running()  # before the signal is blocked, which it would undo
-        with _blocked(signal.SIGINT):
+        with _hidden_from_children(signal.SIGINT):
             forkserver.ensure_running()
         self._executor = ProcessPoolExecutor(self.workers, context, _prepare_worker)
         return self
@@ -153,8 +153,9 @@ class LocalPool:
 
     def submit(self, function: Callable[..., Receipt], *arguments: Any) -> "Future[Receipt]":
         """Let a worker call `function`."""
-        future = self._executor.submit(function, *arguments)
-        self._processes.update(set(multiprocessing.active_children()) - self._not_ours)
+        with _deferred(signal.SIGINT, signal.SIGTERM):  # a worker that is half started could not be ended
+            future = self._executor.submit(function, *arguments)
+            self._processes.update(set(multiprocessing.active_children()) - self._not_ours)
         return future
 
     def check(self) -> None:
@@ -172,8 +173,25 @@ class LocalPool:
 
 
 @contextlib.contextmanager
-def _blocked(number: signal.Signals) -> Iterator[None]:
-    """Let the processes that start in this context, and theirs, never see the signal; here it arrives afterwards."""
+def _deferred(*signals: signal.Signals) -> Iterator[None]:
+    """Let these signals arrive after this context only. (A signal mask would not do: other threads may take them.)"""
+    if threading.current_thread() is not threading.main_thread():  # which alone is interrupted, and may set handlers
+        yield
+        return
+    arrived: list[int] = []
+    before = {number: signal.signal(number, lambda number, _: arrived.append(number)) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for late in arrived:
+            signal.raise_signal(late)
+
+
+@contextlib.contextmanager
+def _hidden_from_children(number: signal.Signals) -> Iterator[None]:
+    """Let programs that are started in this context, and their children, never see the signal."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
     try:
         yield

@@ -136,9 +136,11 @@ def test_an_interrupt_ends_the_run_quietly_and_keeps_what_was_done(corpus: Path,
     assert list(tmp_path.glob("out.work/*/extract/0*"))
 
 
-def test_an_interrupt_while_the_workers_start_is_as_quiet(corpus: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("seconds", [0, 0.1, 0.3])
+def test_an_interrupt_while_the_workers_start_is_as_quiet(corpus: Path, tmp_path: Path, seconds: float) -> None:
     process = start(corpus, tmp_path)
     wait_until(lambda: len(children_of(process.pid)) >= 2)  # multiprocessing's resource tracker and fork server
+    time.sleep(seconds)
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (130, "error: interrupted\n")
