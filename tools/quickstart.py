@@ -161,7 +161,7 @@ def next_steps(data: Path, run_dir: Path, steps: int) -> str:
     return f"""
 Next:
   look      {data / "tokens" / "report.html"} (what preprocessing did), {run_dir / "loss.png"} (the loss curve)
-  sample    python -m tools.generate {run_dir} --prompt "class " --samples 3
+  sample    python -m tools.generate {run_dir} --prompt "class" --samples 3
   go on     {PROGRAM}{options} --steps {2 * steps}
   own text  python -m tools.preprocess --input 'my/texts/*.jsonl' --output data/corpus --tokenizer gpt2
   train     torchrun --nproc-per-node 2 -m launch.train configs/small.yaml"""
