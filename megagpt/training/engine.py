@@ -153,7 +153,7 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         batches = [self._to_device(batch) for batch in micro_batches]
-        targets = sum(((batch.targets != IGNORE_INDEX).sum() for batch in batches), torch.zeros((), device=self.device))
+        targets = torch.stack([(batch.targets != IGNORE_INDEX).sum() for batch in batches]).sum()
         dist.all_reduce(targets)
         loss = torch.zeros((), device=self.device)
         grad_norm: torch.Tensor | float = 0.0

@@ -40,8 +40,8 @@ def train(config: RunConfig, device: torch.device, console: Console) -> None:
     )
     data, validation = together(lambda: _open_data(config, micro_batch_size, rank, world_size))
     with ExitStack() as stack:
-        if_first = run_folder.locked(Path(config.train.run_dir)) if rank == 0 else nullcontext()
-        together(lambda: stack.enter_context(if_first))
+        lock = run_folder.locked(Path(config.train.run_dir)) if rank == 0 else nullcontext()
+        together(lambda: stack.enter_context(lock))
         template = _describe(config, data, world_size)
         checkpoint = on_rank_0(lambda: choose_checkpoint(config, template))
         progress = together(lambda: read_manifest(checkpoint)) if checkpoint else template
