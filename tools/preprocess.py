@@ -30,6 +30,7 @@ from tools.command import fail, run_command, single_command
 
 NAME = "python -m tools.preprocess"
 _SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_TO_FORWARD = 1.0  # a launcher that is told to abort drops what it has not yet forwarded of our output
 # What launchers tell each process about how many they started: MPICH and Slurm's PMI, Open MPI, srun.
 _LAUNCHER_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 
@@ -153,6 +154,7 @@ def _abort(code: int) -> NoReturn:
 
     sys.stdout.flush()
     sys.stderr.flush()
+    time.sleep(_SECONDS_TO_FORWARD)
     MPI.COMM_WORLD.Abort(code)
     raise SystemExit(code)
 
