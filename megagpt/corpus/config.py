@@ -3,6 +3,7 @@
 `execution`, `output` and `max_bad` never change a byte of the result; everything else is part of the plan's hash.
 """
 
+import re
 from typing import Literal
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -11,6 +12,7 @@ from megagpt.config.schema import Section
 
 _FINEWEB_BANDING, _FINEWEB_THRESHOLD = (14, 8), 0.8
 _LEAST_RECALL = 0.95
+TRAIN, VALIDATION = "train", "validation"
 
 
 class CleanConfig(Section):
@@ -41,6 +43,9 @@ class DedupConfig(Section):
     """Bands of a signature; documents that agree in one are candidates. null, and then rows, too: see `banding`."""
     rows: int | None = Field(None, gt=0)
     """Values of a signature in each band."""
+    verification: Literal["estimate", "exact", "none"] = "estimate"
+    """What decides about a candidate pair: the signatures' estimate of its similarity, the exact one (slower, reads
+    the texts again), or nothing, which chains documents that share no more than a band into large clusters."""
 
     @field_validator("rows")
     @classmethod
@@ -104,6 +109,8 @@ class CorpusConfig(Section):
     """Duplicates."""
     validation_fraction: float = Field(0.01, ge=0, lt=1)
     """Share of documents for validation, drawn by the hash of their text; above 0: at least one text of two or more."""
+    splits: dict[str, float] = Field({})
+    """Shares of further splits by name, drawn as the one for validation; the rest is for training."""
     shuffle: bool = True
     """Whether documents are written in a random order; false: in the order of the input."""
     seed: int = Field(0, ge=0, lt=2**63)
@@ -112,3 +119,20 @@ class CorpusConfig(Section):
     """Share of documents that may be unreadable, 0 to 1; above it the run is an error."""
     execution: ExecutionConfig = ExecutionConfig()
     """Processes and folders."""
+
+    @field_validator("splits")
+    @classmethod
+    def _check_splits(cls, splits: dict[str, float], info: ValidationInfo) -> dict[str, float]:
+        for name, share in splits.items():
+            if not re.fullmatch("[a-z][a-z0-9_]*", name) or name in (TRAIN, VALIDATION):
+                raise ValueError(f"a split cannot be called {name!r}; use lower-case letters, digits and _")
+            if not 0 < share < 1:
+                raise ValueError(f"the share of split {name} must be above 0 and below 1, not {share}")
+        if sum(splits.values()) + info.data.get("validation_fraction", 0) >= 1:
+            raise ValueError("the shares of splits and validation_fraction must leave something for training")
+        return splits
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """The share of every split but the one for training."""
+        return ({VALIDATION: self.validation_fraction} if self.validation_fraction else {}) | self.splits

@@ -76,8 +76,8 @@ class StageResult:
     """Tasks finished by an earlier run."""
 
     def total(self, name: str) -> int:
-        """The sum of one count of the receipts."""
-        return int(sum(receipt[name] for receipt in self.receipts))
+        """The sum of one count of the receipts, of which some may lack it."""
+        return int(sum(receipt.get(name, 0) for receipt in self.receipts))
 
 
 def run_stage(pool: Pool, folder: Path, tasks: Sequence[Task], observe: Observer) -> StageResult:

@@ -1,42 +1,51 @@
-"""Stage `extract`: the documents of a chunk, read, cleaned and hashed.
+"""Stage `extract`: the documents of a chunk, read, screened (cleaned, filtered) and hashed.
 
-Writes text.bin (the cleaned texts in UTF-8, one after another), documents.bin (a DOCUMENT each), bad.jsonl (a
-BadRecord each, with its file's index), lines.json (lines by file index) and, for near-duplicates, signatures.bin
-(num_perm uint32 a document).
+They come in parts, folders part_00000 and so on, of a bounded size, whatever the size of the chunk. Documents that stay
+are in text.bin (the texts in UTF-8, one after another), documents.bin (a DOCUMENT each), hashes.bin (a HASHED each,
+sorted, for the stage `exact`), and, for near-duplicates, signatures.bin (num_perm uint32 a document). Those that do not
+are in removed.bin (a REMOVED each) and details.jsonl (a string each).
+
+Beside the parts: examples.json (the beginnings of the first few removed texts by reason), bad.jsonl (a BadRecord each,
+with its file's index), lines.json (lines by file index).
+
+From here on a document's *number* is its place among all documents that stay, in the order of ids.
 """
 
 import dataclasses
 import json
 import struct
-from collections.abc import Sequence
+from collections import defaultdict
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import numpy as np
-import numpy.typing as npt
 
-from megagpt.corpus.clean import clean
-from megagpt.corpus.config import CleanConfig, DedupConfig
+from megagpt.corpus.config import DedupConfig
 from megagpt.corpus.hashing import collapse_whitespace, shingle_hashes, text_hash
 from megagpt.corpus.minhash import signature
 from megagpt.corpus.plan import Chunk
 from megagpt.corpus.reading import read_piece
-from megagpt.corpus.records import HARMLESS, BadRecord, Document, ReadCount
-from megagpt.corpus.workspace import Receipt, map_array
+from megagpt.corpus.records import HARMLESS, BadRecord, ReadCount
+from megagpt.corpus.screening import Screened, Screening
+from megagpt.corpus.workspace import Receipt, map_array, write_array
 
 DOCUMENT = np.dtype(
-    [("file", "<u4"), ("position", "<u8"), ("size", "<u8"), ("hash_low", "<u8"), ("hash_high", "<u8"), ("removed", "?")]
+    [("file", "<u4"), ("position", "<u8"), ("begin", "<u8"), ("size", "<u8"), ("low", "<u8"), ("high", "<u8")]
 )
-"""A document: its id (file index, position), size of its text in bytes, hash, and whether cleaning left nothing."""
+"""A document that stays: its id (file index, position), first byte and bytes of its text, the halves of its hash."""
+HASHED = np.dtype([("high", "<u8"), ("low", "<u8"), ("number", "<u4")])
+"""A document's hash and its number within the part."""
+REMOVED = np.dtype([("file", "<u4"), ("position", "<u8"), ("size", "<u8"), ("reason", "u1")])
+"""A document that was removed: its id, the bytes of its text after cleaning, and the code of the reason."""
 
-_RECORD = struct.Struct("<IQQQQ?")
-assert _RECORD.size == DOCUMENT.itemsize
-
-
-def document_field(chunks: Sequence[Path], name: str) -> npt.NDArray[Any]:
-    """One field of all documents, in the order of ids; `chunks` are results of this stage."""
-    return np.concatenate([map_array(chunk / "documents.bin", DOCUMENT)[name].copy() for chunk in chunks])
+PART_BYTES, PART_DOCUMENTS = 1 << 27, 1 << 18
+"""A part ends when its texts or its documents, removed ones included, reach this."""
+EXAMPLES_PER_REASON = 3
+EXAMPLE_CHARACTERS = 600
+_DOCUMENT, _REMOVED = struct.Struct("<IQQQQQ"), struct.Struct("<IQQB")
+assert (_DOCUMENT.size, _REMOVED.size) == (DOCUMENT.itemsize, REMOVED.itemsize)
 
 
 @dataclass(frozen=True)
@@ -45,54 +54,117 @@ class ExtractTask:
 
     chunk: Chunk
     text_key: str
-    clean: CleanConfig
+    screening: Screening
     dedup: DedupConfig
 
     def __str__(self) -> str:
         return str(self.chunk)
 
     def run(self, folder: Path) -> Receipt:
-        """See the module; counts documents, emptied ones (by cleaning), bad and harmless records, bytes, text bytes."""
-        receipt: Receipt = dict.fromkeys(("documents", "emptied", "bad", "harmless", "bytes", "text_bytes"), 0)
+        """See the module; counts documents, kept ones, bad and harmless records, bytes, text bytes, kept text bytes,
+        and documents and bytes by the key of each reason."""
+        receipt: Receipt = dict.fromkeys(
+            ("documents", "kept", "bad", "harmless", "bytes", "text_bytes", "kept_text_bytes"), 0
+        )
         lines: dict[int, int] = {}
-        with (
-            open(folder / "text.bin", "wb") as texts,
-            open(folder / "documents.bin", "wb") as documents,
-            open(folder / "signatures.bin", "wb") as signatures,
-            open(folder / "bad.jsonl", "w", encoding="utf-8") as bad,
-        ):
+        with _ChunkWriter(folder, self.dedup, receipt) as writer:
             for piece in self.chunk.pieces:
                 count = ReadCount()
                 for record in read_piece(piece, self.text_key, count):
                     if isinstance(record, BadRecord):
                         receipt["harmless" if record.reason in HARMLESS else "bad"] += 1
-                        bad.write(json.dumps({"file": piece.file_index, **dataclasses.asdict(record)}) + "\n")
+                        writer.add_bad(piece.file_index, record)
                         continue
                     try:
-                        text, row, values = self._process(record, piece.file_index)
+                        writer.add(piece.file_index, record.position, self.screening(record.text))
                     except Exception as error:
                         raise RuntimeError(f"{piece.file.name}, document at position {record.position}") from error
-                    texts.write(text)
-                    documents.write(row)
-                    signatures.write(values)
-                    receipt["documents"] += 1
-                    receipt["emptied"] += not text
-                    receipt["text_bytes"] += len(text)
                 receipt["bytes"] += count.bytes
                 if piece.file.kind == "jsonl":
                     lines[piece.file_index] = count.lines
         (folder / "lines.json").write_text(json.dumps(lines))
         return receipt
 
-    def _process(self, document: Document, file_index: int) -> tuple[bytes, bytes, bytes]:
-        """The document's cleaned text, its DOCUMENT and its signature, as they are written."""
-        text = document.text
-        if self.clean.enabled:
-            text = clean(text, self.clean.repair_encoding)
-        content = text.encode()
+
+class _ChunkWriter:
+    """The files of one chunk; counts in `receipt` what they get."""
+
+    def __init__(self, folder: Path, dedup: DedupConfig, receipt: Receipt) -> None:
+        self._folder, self._dedup, self._receipt = folder, dedup, receipt
+        self._examples: defaultdict[str, list[dict[str, object]]] = defaultdict(list)
+        self._parts = 0
+
+    def __enter__(self) -> "_ChunkWriter":
+        self._bad = open(self._folder / "bad.jsonl", "w", encoding="utf-8")
+        self._part = ExitStack()
+        self._begin_part()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._part.close()
+        self._bad.close()
+        if not any(error):
+            self._end_part()
+            (self._folder / "examples.json").write_text(json.dumps(self._examples))
+
+    def _begin_part(self) -> None:
+        self._part_folder = self._folder / f"part_{self._parts:05d}"
+        self._part_folder.mkdir()
+        self._parts += 1
+        self._part_documents = self._part_bytes = 0
+        names = ("text.bin", "documents.bin", "signatures.bin", "removed.bin", "details.jsonl")
+        self._texts, self._documents, self._signatures, self._removed, self._details = map(self._open, names)
+
+    def _open(self, name: str) -> IO[bytes]:
+        return self._part.enter_context(open(self._part_folder / name, "wb"))
+
+    def _end_part(self) -> None:
+        self._part.close()
+        documents = map_array(self._part_folder / "documents.bin", DOCUMENT)
+        write_array(self._part_folder / "hashes.bin", _sorted_hashes(documents))
+
+    def add_bad(self, file_index: int, record: BadRecord) -> None:
+        """Something that is not a document."""
+        self._bad.write(json.dumps({"file": file_index, **dataclasses.asdict(record)}) + "\n")
+
+    def add(self, file_index: int, position: int, screened: Screened) -> None:
+        """A document."""
+        if self._part_documents >= PART_DOCUMENTS or self._part_bytes >= PART_BYTES:
+            self._end_part()
+            self._begin_part()
+        content = screened.text.encode()
+        self._part_documents += 1
+        self._receipt["documents"] += 1
+        self._receipt["text_bytes"] += len(content)
+        if screened.reason is not None:
+            self._add_removed(file_index, position, screened, len(content))
+            return
         words = collapse_whitespace(content)
-        row = _RECORD.pack(file_index, document.position, len(content), *text_hash(words), not content)
-        if self.dedup.method != "minhash":
-            return content, row, b""
-        hashes = shingle_hashes(words, self.dedup.shingle_words)
-        return content, row, signature(hashes, self.dedup.num_perm).tobytes()
+        self._texts.write(content)
+        row = (file_index, position, self._part_bytes, len(content), *text_hash(words))
+        self._documents.write(_DOCUMENT.pack(*row))
+        if self._dedup.method == "minhash":
+            hashes = shingle_hashes(words, self._dedup.shingle_words)
+            self._signatures.write(signature(hashes, self._dedup.num_perm).data)
+        self._part_bytes += len(content)
+        self._receipt["kept"] += 1
+        self._receipt["kept_text_bytes"] += len(content)
+
+    def _add_removed(self, file_index: int, position: int, screened: Screened, size: int) -> None:
+        reason = screened.reason
+        assert reason is not None
+        self._removed.write(_REMOVED.pack(file_index, position, size, reason.code))
+        self._details.write(json.dumps(screened.detail).encode() + b"\n")
+        for name, amount in ((f"removed {reason.key}", 1), (f"removed bytes {reason.key}", size)):
+            self._receipt[name] = self._receipt.get(name, 0) + amount
+        examples = self._examples[reason.key]
+        if len(examples) < EXAMPLES_PER_REASON:
+            text = screened.text[:EXAMPLE_CHARACTERS]
+            examples.append({"id": f"{file_index}:{position}", "detail": screened.detail, "text": text})
+
+
+def _sorted_hashes(documents: "np.ndarray") -> "np.ndarray":
+    hashes = np.empty(documents.size, HASHED)
+    order = np.lexsort((documents["low"], documents["high"]))  # stable: equal hashes stay in the order of numbers
+    hashes["high"], hashes["low"], hashes["number"] = documents["high"][order], documents["low"][order], order
+    return hashes

@@ -48,9 +48,13 @@ def estimated_similarity(
     similarities = np.empty(left.size, np.float32)
     for start in range(0, left.size, _PAIR_BLOCK):
         block = slice(start, start + _PAIR_BLOCK)
-        equal = signatures[left[block]] == signatures[right[block]]
-        similarities[block] = equal.mean(axis=1, dtype=np.float32)
+        similarities[block] = row_similarity(signatures[left[block]], signatures[right[block]])
     return similarities
+
+
+def row_similarity(left: UInt32, right: UInt32) -> npt.NDArray[np.float32]:
+    """The estimated Jaccard similarity of each row to its counterpart, (rows, num_perm) both: (rows), 0 to 1."""
+    return (left == right).mean(axis=1, dtype=np.float32)
 
 
 def _premix(hashes: UInt32) -> UInt32:

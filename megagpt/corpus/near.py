@@ -1,171 +1,200 @@
 """Near-duplicates by MinHash LSH (Leskovec, Rajaraman, Ullman, Mining of Massive Datasets, chapter 3).
 
 Documents whose signatures agree in all rows of a band are candidates. Every candidate is verified against the first
-document it shares a band with by the estimate from the whole signatures; those that fail try the next of the band.
-Verified pairs are the edges of a graph; of each connected component the first document stays, so that a removed
-document resembles its neighbours in a chain that leads to the survivor, and the survivor perhaps less (single linkage).
+document it shares a band with; those that fail try the next of the band. Verified pairs are the edges of a graph; of
+each connected component the first document stays (see `clusters`), so that a removed document resembles its neighbours
+in a chain that leads to the survivor, and the survivor perhaps less (single linkage). Without verification, bands
+chain documents that merely share boilerplate into giant clusters.
 
-Three stages: `signatures` brings together what is left after exact deduplication, `bands` finds edges, one task a
-band, and `clusters` joins them. Costs 4 x num_perm + 8 x bands bytes a document on disk, 16 + what the edges take in
-memory. Without verification, bands chain documents that merely share boilerplate into giant clusters.
+Two stages: `keys` writes the sorted keys of every band, part by part; `bands` merges them and writes the verified
+edges. Costs 4 x num_perm + 12 x bands bytes a document on disk; memory is bounded.
 """
 
-import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
+import numpy.typing as npt
 
 from megagpt.corpus.config import DedupConfig
-from megagpt.corpus.exact import Int64
+from megagpt.corpus.documents import Documents, Numbers, Part
+from megagpt.corpus.exact import PAIR, KeyRange
+from megagpt.corpus.external import Records, Run, RunWriter, merge_runs, written_runs
 from megagpt.corpus.hashing import UInt64, mix64
 from megagpt.corpus.minhash import UInt32, estimated_similarity
-from megagpt.corpus.workspace import Receipt, map_array, write_array
+from megagpt.corpus.verify import exact_similarity
+from megagpt.corpus.workspace import Receipt, map_array
+
+Int64 = npt.NDArray[np.int64]
+Verify = Callable[[Int64, Int64], npt.NDArray[np.bool_]]
+"""Whether the documents at two places among those looked at are similar: (pairs), (pairs) -> (pairs)."""
+
+KEY = np.dtype([("key", "<u8"), ("number", "<u4")])
+"""A document's key in a band and its number within the part."""
 
 _MOST_LEADERS = 16  # documents of a bucket that others are compared with: bounds the work on huge buckets
-_ROW_BLOCK = 1 << 16
-
-Verify = Callable[[Int64, Int64], "np.typing.NDArray[np.bool_]"]
+_ROW_BLOCK = 1 << 12  # signatures whose keys are computed at once, so that they stay in the processor's cache
+_MEMBER_BLOCK = 1 << 16  # members of buckets whose signatures are held at once
 
 
 @dataclass(frozen=True)
-class SignaturesTask:
-    """Collect the documents that are still there: numbers.bin (int64 each), signatures.bin, and band_00.bin with the
-    band's keys (uint64 each) for every band."""
+class KeysTask:
+    """The keys of one part: band_00.bin and so on, with a KEY for every document but exact duplicates, sorted."""
 
-    chunks: list[Path]
-    """Results of the stage `extract`."""
-    exact: Path
-    """Result of the stage `exact`."""
+    part: Part
+    exact: list[Path]
+    """Results of the stage `exact`."""
     dedup: DedupConfig
 
     def __str__(self) -> str:
-        return "all documents"
+        return str(self.part)
 
     def run(self, folder: Path) -> Receipt:
         """See the class; counts documents."""
-        first = map_array(self.exact / "first.bin", np.int64)
-        numbers = np.flatnonzero(first == np.arange(first.size))
-        write_array(folder / "numbers.bin", numbers)
-        begin = 0
-        with contextlib.ExitStack() as stack:
-            signatures = stack.enter_context(open(folder / "signatures.bin", "wb"))
-            count, width = self.dedup.banding
-            bands = [stack.enter_context(open(_band_path(folder, band), "wb")) for band in range(count)]
-            for chunk in self.chunks:
-                rows = map_array(chunk / "signatures.bin", np.uint32, self.dedup.num_perm)
-                kept = numbers[slice(*np.searchsorted(numbers, [begin, begin + len(rows)]))] - begin
-                for start in range(0, kept.size, _ROW_BLOCK):
-                    block = rows[kept[start : start + _ROW_BLOCK]]
-                    signatures.write(block.data)
-                    for band, file in enumerate(bands):
-                        file.write(band_keys(block, band, width).data)
-                begin += len(rows)
+        bands, rows = self.dedup.banding
+        numbers = np.flatnonzero(~is_duplicate(self.part, self.exact)).astype(np.uint32)
+        signatures = map_array(self.part.folder / "signatures.bin", np.uint32, self.dedup.num_perm)
+        keys = np.empty((bands, numbers.size), np.uint64)
+        for start in range(0, numbers.size, _ROW_BLOCK):
+            block = np.ascontiguousarray(signatures[numbers[start : start + _ROW_BLOCK], : bands * rows].T)
+            for band in range(bands):
+                keys[band, start : start + _ROW_BLOCK] = band_keys(block[band * rows : (band + 1) * rows])
+        for band in range(bands):
+            records = np.empty(numbers.size, KEY)
+            order = np.argsort(keys[band], kind="stable")
+            records["key"], records["number"] = keys[band][order], numbers[order]
+            records.tofile(folder / _band_name(band))
         return {"documents": numbers.size}
+
+
+def is_duplicate(part: Part, exact: Sequence[Path]) -> npt.NDArray[np.bool_]:
+    """Which documents of the part repeat an earlier one (documents), by the results of the stage `exact`."""
+    result = np.zeros(part.count, bool)
+    result[part_pairs(part, exact)["member"].astype(np.int64) - part.first] = True
+    return result
+
+
+def part_pairs(part: Part, folders: Sequence[Path]) -> Records:
+    """The PAIRs in the runs `pairs` of some folders whose member is in the part."""
+    found = [np.empty(0, PAIR)]
+    for folder in folders:
+        for run in written_runs(folder, "pairs", PAIR):
+            inside = run.between("member", part.first, part.stop)
+            found.append(inside.read(0, len(inside)))
+    return np.concatenate(found)
+
+
+def band_keys(values: UInt32) -> UInt64:
+    """A 64-bit hash of each signature's values in one band (rows, documents): (documents); equal values, equal keys.
+
+    A sum of products with random factors (Carter and Wegman's universal hashing), made uniform over all bits.
+    """
+    keys = np.zeros(values.shape[1], np.uint64)
+    for row, factor in zip(values, _factors(len(values)), strict=True):
+        keys += row * factor
+    return mix64(keys)
+
+
+def _factors(count: int) -> UInt64:
+    return mix64(np.arange(1, count + 1)) | np.uint64(1)
 
 
 @dataclass(frozen=True)
 class BandTask:
-    """The verified edges of one band: edges.bin, pairs of int64 row numbers, the smaller first."""
+    """The verified edges among the documents with keys of one band in one range: the runs `pairs`, a PAIR each."""
 
-    signatures: Path
-    """Result of the stage `signatures`."""
+    documents: Documents
+    keys: list[Path]
+    """Results of the stage `keys`, by the number of the part."""
     band: int
+    range: KeyRange
     dedup: DedupConfig
 
     def __str__(self) -> str:
-        return f"band {self.band}"
+        return f"band {self.band}, keys {self.range.index + 1}/{self.range.count}"
 
     def run(self, folder: Path) -> Receipt:
         """See the class; counts candidates and edges."""
-        signatures = map_array(self.signatures / "signatures.bin", np.uint32, self.dedup.num_perm)
-        candidates = 0
+        runs = []
+        for part in self.documents.parts:
+            run = Run.of(self.keys[part.number] / _band_name(self.band), KEY, part.first)
+            runs.append(run.between("key", self.range.low, self.range.high))
+        edges = 0
+        stars = Stars(self._similar)
+        with RunWriter(folder, "pairs", PAIR) as writer:
+            for block in merge_runs(runs, ("key", "number"), numbered=True):
+                for start in range(0, block.size, _MEMBER_BLOCK):
+                    found = stars.edges(block["key"][start:][:_MEMBER_BLOCK], block["number"][start:][:_MEMBER_BLOCK])
+                    writer.add(found)
+                    edges += found.size
+        return {"candidates": stars.candidates, "edges": edges}
 
-        def verify(left: Int64, right: Int64) -> "np.typing.NDArray[np.bool_]":
-            nonlocal candidates
-            candidates += left.size
-            return estimated_similarity(signatures, left, right) >= self.dedup.threshold
-
-        edges = star_edges(map_array(_band_path(self.signatures, self.band), np.uint64), verify)
-        write_array(folder / "edges.bin", edges)
-        return {"candidates": candidates, "edges": len(edges)}
-
-
-@dataclass(frozen=True)
-class ClustersTask:
-    """The survivor of each document's cluster: survivors.bin (int64 row numbers), and similarity.bin, the estimated
-    similarity to it (float32)."""
-
-    signatures: Path
-    """Result of the stage `signatures`."""
-    bands: list[Path]
-    """Results of the stage `bands`."""
-    dedup: DedupConfig
-
-    def __str__(self) -> str:
-        return "all documents"
-
-    def run(self, folder: Path) -> Receipt:
-        """See the class; counts duplicates and clusters of more than one document."""
-        signatures = map_array(self.signatures / "signatures.bin", np.uint32, self.dedup.num_perm)
-        edges = np.concatenate([map_array(band / "edges.bin", np.int64, 2) for band in self.bands])
-        survivors = component_minima(len(signatures), edges)
-        rows = np.arange(survivors.size)
-        duplicates = np.flatnonzero(survivors != rows)
-        similarity = np.ones(survivors.size, np.float32)
-        similarity[duplicates] = estimated_similarity(signatures, duplicates, survivors[duplicates])
-        write_array(folder / "survivors.bin", survivors)
-        write_array(folder / "similarity.bin", similarity)
-        return {"duplicates": duplicates.size, "clusters": np.unique(survivors[duplicates]).size}
+    def _similar(self, numbers: Numbers) -> Verify:
+        """The way to verify pairs of some documents."""
+        if self.dedup.verification == "none":
+            return lambda left, right: np.ones(left.size, bool)
+        if self.dedup.verification == "exact":
+            exact = exact_similarity(self.documents, numbers, self.dedup.shingle_words)
+            return lambda left, right: exact(left, right) >= self.dedup.threshold
+        signatures = self.documents.gather("signatures.bin", np.uint32, numbers, self.dedup.num_perm)
+        return lambda left, right: estimated_similarity(signatures, left, right) >= self.dedup.threshold
 
 
-def band_keys(signatures: UInt32, band: int, rows: int) -> UInt64:
-    """A 64-bit hash of each signature's values in one band (documents): equal values, equal keys."""
-    keys = np.zeros(len(signatures), np.uint64)
-    for row in range(band * rows, (band + 1) * rows):
-        keys = mix64(keys + signatures[:, row])
-    return keys
+class Stars:
+    """Edges from the first documents of each bucket of equal keys to the others, given block by block.
 
-
-def star_edges(keys: UInt64, verify: Verify) -> Int64:
-    """Edges (edges, 2) from the first document of each bucket of equal keys to the others that `verify` accepts.
-
-    The others form a bucket again, and so on for up to 16 rounds.
+    A document is compared with the leaders of its bucket in turn, the first of which is the bucket's first document,
+    until one is similar; if none is, it becomes a leader itself, as long as there are fewer than 16.
     """
-    order = np.argsort(keys, kind="stable")  # within a bucket in the order of documents
-    sorted_keys = keys[order]
-    new = _is_new(sorted_keys)
-    shared = ~(new & np.append(new[1:], True))
-    members, buckets = order[shared], sorted_keys[shared]
-    edges = [np.empty((0, 2), np.int64)]
-    for _ in range(_MOST_LEADERS):
-        leads = _is_new(buckets)
-        leaders = members[leads][np.cumsum(leads) - 1][~leads]
-        members, buckets = members[~leads], buckets[~leads]
-        similar = verify(leaders, members)
-        edges.append(np.stack([leaders[similar], members[similar]], axis=1))
-        members, buckets = members[~similar], buckets[~similar]
-    return np.concatenate(edges)
+
+    def __init__(self, similar: Callable[[Numbers], Verify]) -> None:
+        self.candidates = 0
+        """Pairs that were compared."""
+        self._similar = similar
+        self._last_key: np.uint64 | None = None
+        self._last_leaders = np.empty(0, np.uint64)
+
+    def edges(self, keys: UInt64, numbers: Numbers) -> Records:
+        """The edges (PAIR) that the next documents add; keys and, within a bucket, numbers ascend."""
+        if not keys.size:
+            return np.empty(0, PAIR)
+        old = self._last_leaders.size
+        if self._last_key == keys[0]:  # the bucket goes on: its leaders come first again, and fail again to pair up
+            keys = np.concatenate([np.full(old, keys[0], np.uint64), keys])
+            numbers = np.concatenate([self._last_leaders, numbers])
+        new = _is_new(keys)
+        shared = ~(new & np.append(new[1:], True))
+        last_key = keys[-1]
+        last_leaders = [] if shared[-1] else [numbers[-1:]]
+        members, buckets, numbers = np.arange(np.count_nonzero(shared)), keys[shared], numbers[shared]
+        found = [np.empty(0, PAIR)]
+        verify = self._similar(numbers)
+        for _ in range(_MOST_LEADERS):
+            leads = _is_new(buckets)
+            if buckets.size and buckets[-1] == last_key:
+                last_leaders.append(numbers[members[leads][-1:]])
+            leaders = members[leads][np.cumsum(leads) - 1][~leads]
+            members, buckets = members[~leads], buckets[~leads]
+            if not members.size:
+                break
+            self.candidates += members.size
+            similar = verify(leaders, members)
+            pairs = np.empty(np.count_nonzero(similar), PAIR)
+            pairs["member"], pairs["leader"] = numbers[members[similar]], numbers[leaders[similar]]
+            found.append(pairs)
+            members, buckets = members[~similar], buckets[~similar]
+        self._last_key, self._last_leaders = last_key, np.concatenate(last_leaders)
+        return np.concatenate(found)
 
 
-def component_minima(nodes: int, edges: Int64) -> Int64:
-    """For each node the smallest node of its connected component in the graph of `edges` (edges, 2)."""
-    graph = coo_matrix((np.ones(len(edges), np.bool_), (edges[:, 0], edges[:, 1])), shape=(nodes, nodes))
-    count, labels = connected_components(graph, directed=False)
-    minima = np.full(count, nodes, np.int64)
-    np.minimum.at(minima, labels, np.arange(nodes))
-    return minima[labels]
-
-
-def _is_new(values: UInt64) -> "np.typing.NDArray[np.bool_]":
+def _is_new(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     """Whether each value differs from the one before it."""
     new = np.ones(values.size, bool)
     new[1:] = values[1:] != values[:-1]
     return new
 
 
-def _band_path(folder: Path, band: int) -> Path:
-    return folder / f"band_{band:02d}.bin"
+def _band_name(band: int) -> str:
+    return f"band_{band:02d}.bin"

@@ -5,12 +5,13 @@ replaced must be a dataset and nothing else: a folder with a file that its manif
 """
 
 import contextlib
+import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from megagpt.corpus.config import CorpusConfig
-from megagpt.corpus.sources import one_line
+from megagpt.corpus.sources import SourceFile, one_line
 from megagpt.corpus.workspace import disk_error, locked
 from megagpt.data.atomic import fsync_path
 from megagpt.data.manifest import FILE_NAME, Manifest
@@ -71,7 +72,7 @@ def check_replaceable(output: Path, overwrite: bool) -> None:
             f"{where}: exists, made from other input or with other options; choose another, or give --overwrite"
         )
     own = {FILE_NAME, REPORT_NAME, *manifest.checksums}
-    own |= {f"{split}.{suffix}" for split in manifest.splits for suffix in ("bin", "idx")}
+    own |= {f"{split}.{suffix}" for split in manifest.splits for suffix in ("bin", "idx", "ids")}
     for path in sorted(output.iterdir()):
         if path.name not in own or not path.is_file():
             raise UserError(
@@ -106,3 +107,10 @@ def publishing(output: Path, plan_hash: str, overwrite: bool) -> Iterator[Path]:
     finally:
         if aside.exists():
             shutil.rmtree(aside)
+
+
+def write_sources(path: Path, files: Sequence[SourceFile]) -> None:
+    """Write the list of input files: line i, from 0, is about the file with index i."""
+    with open(path, "w", encoding="utf-8") as lines:
+        for file in files:
+            lines.write(json.dumps({"file": file.name, "kind": file.kind, "bytes": file.size}) + "\n")

@@ -18,7 +18,7 @@ from megagpt.corpus.config import CorpusConfig
 from megagpt.corpus.sources import LIBRARIES_OF_KIND, Kind, Piece, SourceFile, find_files
 from megagpt.tokenizer import Tokenizer
 
-PIPELINE_VERSION = 1
+PIPELINE_VERSION = 2
 """Part of every plan's hash; raised when a change of the code changes what comes out."""
 
 _LIBRARIES = ("datasketch", "ftfy", "numpy", "scipy", "tiktoken", "xxhash", "zstandard")

@@ -62,6 +62,8 @@ class Report:
         return [
             ("documents in", counts["documents"]),
             ("removed: empty after cleaning", counts["removed_clean"]),
+            ("removed: filters", counts["removed_filter"]),
+            ("removed: evaluation texts", counts["removed_decontaminate"]),
             ("removed: exact duplicates", counts["removed_exact"]),
             ("removed: near-duplicates", counts["removed_near"]),
             ("documents out", counts["kept"]),

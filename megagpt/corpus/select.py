@@ -1,99 +1,118 @@
-"""Stage `select`: the fate of every document, from what the stages before found out.
+"""Stage `select`: the fate of every document of a part, from what the stages before found out.
 
-Writes decisions.bin, a DECISION for each document in the order of ids. The split belongs to the hash of the text: a
-document stays in it when the corpus grows, and copies are never on both sides.
+Writes decisions.bin (a DECISION for each document that `extract` left), removed.jsonl (a line for every removed one,
+those of `extract` included, in the order of ids; see `removed`) and examples.json (the beginnings of the first few
+duplicates, and of what stays in their stead).
 """
 
+import json
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from megagpt.corpus.extract import document_field
-from megagpt.corpus.hashing import UInt64, mix64
+from megagpt.corpus.config import DedupConfig
+from megagpt.corpus.documents import Documents, Part
+from megagpt.corpus.external import Records
+from megagpt.corpus.extract import DOCUMENT, EXAMPLE_CHARACTERS, EXAMPLES_PER_REASON
+from megagpt.corpus.hashing import UInt64
+from megagpt.corpus.minhash import row_similarity
+from megagpt.corpus.near import part_pairs
+from megagpt.corpus.reasons import EXACT, NEAR
+from megagpt.corpus.removed import write_lines
+from megagpt.corpus.splits import draws, split_of
 from megagpt.corpus.workspace import Receipt, map_array, write_array
-from megagpt.errors import UserError
 
-SPLITS = ("train", "validation")
-KEPT, CLEAN, EXACT, NEAR = range(4)
-REMOVED_BY = ("", "clean", "exact", "near")
-"""Names of the stages that remove documents, by the codes above."""
-DECISION = np.dtype([("removed_by", "u1"), ("split", "u1"), ("survivor", "<i8"), ("similarity", "<f4")])
-"""Which stage removed a document, else its split (index in SPLITS); the number of the document that stays in its stead,
--1 if none does, and the similarity to it, 0 to 1."""
+DECISION = np.dtype([("removed_by", "u1"), ("survivor", "<u8"), ("similarity", "<f4")])
+"""0, or 1 + the code of the reason; the number of the document that stays in its stead, or its own; the estimated
+similarity to it, 0 to 1."""
+
+_SURVIVOR_BLOCK = 1 << 16
 
 
 @dataclass(frozen=True)
 class SelectTask:
-    """All documents of the corpus."""
+    """The documents of one part."""
 
-    chunks: list[Path]
-    """Results of the stage `extract`."""
-    exact: Path | None
-    """Result of the stage `exact`; None: not wanted."""
-    signatures: Path | None
-    clusters: Path | None
-    """Results of the stages `signatures` and `clusters`; None: not wanted."""
-    validation_fraction: float
+    documents: Documents
+    part: Part
+    files: dict[int, str]
+    """Names of the files that the part's documents are from, by their index."""
+    exact: list[Path]
+    """Results of the stage `exact`; none: not wanted."""
+    clusters: list[Path]
+    """Result of the stage `clusters`; none: not wanted."""
+    dedup: DedupConfig
+    bounds: list[int]
+    """Nominal bounds of the splits."""
     seed: int
 
     def __str__(self) -> str:
-        return "all documents"
+        return str(self.part)
 
     def run(self, folder: Path) -> Receipt:
-        """See the module; counts documents by split and by the stage that removed them. UserError: none is left."""
-        removed = document_field(self.chunks, "removed")
-        decisions = np.zeros(removed.size, DECISION)
-        decisions["survivor"] = np.arange(removed.size)
-        decisions["similarity"] = 1
-        self._apply_near(decisions)
-        self._apply_exact(decisions)
-        decisions[removed] = (CLEAN, 0, -1, 0)
-        kept = np.flatnonzero(decisions["removed_by"] == KEPT)
-        if not kept.size:
-            raise UserError(f"none of {removed.size} documents is left to write; check the input and --text-key")
-        hashes = document_field(self.chunks, "hash_low")[kept]
-        decisions["split"][kept] = in_validation(hashes, self.validation_fraction, self.seed)
+        """See the module; counts kept documents, also by number of split, and documents and bytes of each reason."""
+        rows = map_array(self.part.folder / "documents.bin", DOCUMENT)
+        decisions = self._decide()
         write_array(folder / "decisions.bin", decisions)
-        counts = np.bincount(decisions["removed_by"], minlength=len(REMOVED_BY)).tolist()
-        return {"kept": kept.size, **dict(zip(REMOVED_BY[1:], counts[1:], strict=True))}
+        kept = decisions["removed_by"] == 0
+        receipt: Receipt = {"kept": int(np.count_nonzero(kept))}
+        splits = split_of(draws(rows["low"][kept], self.seed), self.bounds)
+        for split, count in enumerate(np.bincount(splits, minlength=len(self.bounds) + 1).tolist()):
+            receipt[f"split {split}"] = count
+        for reason in (EXACT, NEAR):
+            chosen = decisions["removed_by"] == 1 + reason.code
+            receipt[f"removed {reason.key}"] = int(np.count_nonzero(chosen))
+            receipt[f"removed bytes {reason.key}"] = int(rows["size"][chosen].sum())
+        write_lines(folder / "removed.jsonl", self.documents, self.part, self.files, decisions)
+        (folder / "examples.json").write_text(json.dumps(self._examples(decisions)))
+        return receipt
 
-    def _apply_near(self, decisions: npt.NDArray[np.void]) -> None:
-        if self.signatures is None or self.clusters is None:
-            return
-        numbers = map_array(self.signatures / "numbers.bin", np.int64)
-        survivors = numbers[map_array(self.clusters / "survivors.bin", np.int64)]
-        decisions["survivor"][numbers] = survivors
-        decisions["similarity"][numbers] = map_array(self.clusters / "similarity.bin", np.float32)
-        decisions["removed_by"][numbers[survivors != numbers]] = NEAR
+    def _decide(self) -> Records:
+        decisions = np.zeros(self.part.count, DECISION)
+        decisions["survivor"] = self.part.first + np.arange(self.part.count)
+        decisions["similarity"] = 1
+        for reason, folders in ((NEAR, self.clusters), (EXACT, self.exact)):
+            pairs = part_pairs(self.part, folders)
+            places = pairs["member"].astype(np.int64) - self.part.first
+            decisions["removed_by"][places] = 1 + reason.code
+            if reason is NEAR or not self.clusters:  # clusters hold the exact copies, too
+                decisions["survivor"][places] = pairs["leader"]
+        if self.clusters:
+            self._estimate(decisions)
+        return decisions
 
-    def _apply_exact(self, decisions: npt.NDArray[np.void]) -> None:
-        """After near-duplicates: where the first copy was itself removed, the copies share its survivor."""
-        if self.exact is None:
-            return
-        first = map_array(self.exact / "first.bin", np.int64)
-        copies = np.flatnonzero((first >= 0) & (first != np.arange(first.size)))
-        for field in ("survivor", "similarity"):
-            decisions[field][copies] = decisions[field][first[copies]]
-        decisions["removed_by"][copies] = EXACT
+    def _estimate(self, decisions: Records) -> None:
+        own = map_array(self.part.folder / "signatures.bin", np.uint32, self.dedup.num_perm)
+        removed = np.flatnonzero(decisions["removed_by"])
+        for start in range(0, removed.size, _SURVIVOR_BLOCK):
+            places = removed[start : start + _SURVIVOR_BLOCK]
+            numbers = decisions["survivor"][places]
+            survivors = self.documents.gather("signatures.bin", np.uint32, numbers, self.dedup.num_perm)
+            decisions["similarity"][places] = row_similarity(own[places], survivors)
+
+    def _examples(self, decisions: Records) -> dict[str, list[dict[str, object]]]:
+        examples: defaultdict[str, list[dict[str, object]]] = defaultdict(list)
+        for reason in (EXACT, NEAR):
+            for place in np.flatnonzero(decisions["removed_by"] == 1 + reason.code)[:EXAMPLES_PER_REASON].tolist():
+                number, survivor = self.part.first + place, int(decisions["survivor"][place])
+                examples[reason.key].append(
+                    {
+                        "id": self.documents.id(number),
+                        "detail": f"similarity {decisions['similarity'][place]:.2f} to {self.documents.id(survivor)}",
+                        "text": _beginning(self.documents.text(number)),
+                        "survivor_text": _beginning(self.documents.text(survivor)),
+                    }
+                )
+        return examples
 
 
-def in_validation(hashes: UInt64, fraction: float, seed: int) -> npt.NDArray[np.bool_]:
-    """Which documents, by their hashes, are for validation: each with probability `fraction`, 0 to 1.
-
-    Equal hashes go together. Of two different ones or more at least one is, unless `fraction` is 0, and at least one is
-    not; of a single one none is.
-    """
-    draws = mix64(hashes ^ mix64([seed]))
-    chosen = draws < np.uint64(fraction * 2.0**64)
-    if fraction > 0 and not chosen.any() and draws.size > 1:
-        chosen = draws == draws.min()
-    if draws.size and chosen.all():
-        chosen = draws != draws.max()
-    return chosen
+def _beginning(text: bytes) -> str:
+    return text[: 4 * EXAMPLE_CHARACTERS].decode(errors="ignore")[:EXAMPLE_CHARACTERS]
 
 
-def shuffle_keys(file: npt.NDArray[np.uint32], position: UInt64, seed: int) -> UInt64:
-    """A random number for each document, from its id alone: documents sorted by it are shuffled."""
-    return mix64(mix64(mix64([seed]) + file) ^ position)
+def kept_draws(part: Part, folder: Path, seed: int) -> UInt64:
+    """The draws of the documents of a part that stay, given the result of this stage."""
+    kept = map_array(folder / "decisions.bin", DECISION)["removed_by"] == 0
+    return draws(map_array(part.folder / "documents.bin", DOCUMENT)["low"][kept], seed)

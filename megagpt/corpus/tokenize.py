@@ -1,37 +1,39 @@
-"""Stage `tokenize`: the token ids of a chunk's documents that stay, each followed by the end-of-document token.
+"""Stage `tokenize`: the token ids of a part's documents that stay, each followed by the end-of-document token.
 
-Writes tokens.bin (ids in the dataset's type) and index.bin, a TOKENIZED for each document, both sorted by split and
-key: the merge then reads every chunk from its beginning to its end, whatever the order of the whole is.
+Writes, for split number s that has documents, tokens_s.bin (ids in the dataset's type) and index_s.bin (a TOKENIZED for
+each document), both in the order of the dataset: a task of the stage `write` then reads one stretch of every part.
 """
 
 import functools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
+from megagpt.corpus.documents import Part
 from megagpt.corpus.extract import DOCUMENT
-from megagpt.corpus.select import DECISION, KEPT, shuffle_keys
+from megagpt.corpus.hashing import UInt64, mix64
+from megagpt.corpus.select import DECISION
+from megagpt.corpus.splits import draws, split_of
 from megagpt.corpus.workspace import Receipt, map_array, write_array
 from megagpt.errors import UserError
 from megagpt.tokenizer import Tokenizer, load_tokenizer
 
-TOKENIZED = np.dtype([("split", "u1"), ("key", "<u8"), ("tokens", "<u8")])
-"""A document: its split, its key in the order of the dataset, and its number of tokens."""
+TOKENIZED = np.dtype([("key", "<u8"), ("begin", "<u8"), ("tokens", "<u8"), ("file", "<u4"), ("position", "<u8")])
+"""A document: its key in the order of the dataset, where its tokens begin, how many they are, and its id."""
 
 
 @dataclass(frozen=True)
 class TokenizeTask:
-    """The documents of one chunk."""
+    """The documents of one part."""
 
-    name: str
-    """What the chunk is."""
-    chunk: Path
-    """Its result of the stage `extract`."""
-    first_document: int
-    """Number of its first document."""
+    part: Part
     select: Path
-    """Result of the stage `select`."""
+    """Its result of the stage `select`."""
+    bounds: list[int]
+    """Bounds of the splits."""
     tokenizer: str
     vocab_dir: str | None
     vocab_sha256: str
@@ -42,35 +44,52 @@ class TokenizeTask:
     seed: int
 
     def __str__(self) -> str:
-        return self.name
+        return str(self.part)
 
     def run(self, folder: Path) -> Receipt:
-        """See the module; counts documents, tokens and text bytes. UserError: the tokenizer is another one by now."""
+        """See the module; counts documents, tokens, text bytes, tokens by number of split, and documents by length:
+        `length k` is those of 2^k to 2^(k+1) - 1 tokens. UserError: the tokenizer is another one by now."""
         tokenizer = _planned_tokenizer(self.tokenizer, self.vocab_dir, self.vocab_sha256)
-        documents = map_array(self.chunk / "documents.bin", DOCUMENT)
-        end = self.first_document + documents.size
-        decisions = map_array(self.select / "decisions.bin", DECISION)[self.first_document : end]
-        ends = np.cumsum(documents["size"], dtype=np.int64)
-        rows = np.flatnonzero(decisions["removed_by"] == KEPT)
-        index = np.zeros(rows.size, TOKENIZED)
-        index["split"] = decisions["split"][rows]
+        documents = map_array(self.part.folder / "documents.bin", DOCUMENT)
+        rows = np.flatnonzero(map_array(self.select / "decisions.bin", DECISION)["removed_by"] == 0)
+        kept = documents[rows]
+        splits = split_of(draws(kept["low"], self.seed), self.bounds)
         if self.shuffle:
-            index["key"] = shuffle_keys(documents["file"][rows], documents["position"][rows], self.seed)
+            keys = shuffle_keys(kept["file"], kept["position"], self.seed)
         else:
-            index["key"] = self.first_document + rows
-        order = np.lexsort((index["key"], index["split"]))
-        rows, index = rows[order], index[order]
-        texts = map_array(self.chunk / "text.bin", np.uint8)
-        text_bytes = 0
-        with open(folder / "tokens.bin", "wb") as file:
-            for number, row in enumerate(rows.tolist()):
-                content = texts[ends[row] - int(documents["size"][row]) : ends[row]].tobytes()
-                ids = np.append(tokenizer.encode_to_numpy(content.decode()), tokenizer.eod_id).astype(self.dtype)
+            keys = (self.part.first + rows).astype(np.uint64)
+        receipt: Receipt = {"documents": rows.size, "tokens": 0, "text_bytes": int(kept["size"].sum())}
+        lengths = np.zeros(64, np.int64)
+        for split in np.unique(splits).tolist():
+            chosen = np.flatnonzero(splits == split)
+            chosen = chosen[np.argsort(keys[chosen], kind="stable")]
+            index = self._write_split(folder, split, kept[chosen], keys[chosen], tokenizer)
+            receipt[f"tokens {split}"] = int(index["tokens"].sum())
+            receipt["tokens"] += receipt[f"tokens {split}"]
+            lengths += np.bincount(np.frexp(index["tokens"].astype(float))[1] - 1, minlength=64)
+        receipt.update({f"length {power}": count for power, count in enumerate(lengths.tolist()) if count})
+        return receipt
+
+    def _write_split(
+        self, folder: Path, split: int, documents: npt.NDArray[np.void], keys: UInt64, tokenizer: Tokenizer
+    ) -> npt.NDArray[np.void]:
+        index = np.empty(documents.size, TOKENIZED)
+        index["key"], index["file"], index["position"] = keys, documents["file"], documents["position"]
+        begin = 0
+        with open(self.part.folder / "text.bin", "rb") as texts, open(folder / f"tokens_{split}.bin", "wb") as file:
+            for number, document in enumerate(documents):
+                text = os.pread(texts.fileno(), int(document["size"]), int(document["begin"])).decode()
+                ids = np.append(tokenizer.encode_to_numpy(text), tokenizer.eod_id).astype(self.dtype)
                 file.write(ids.data)
-                index["tokens"][number] = ids.size
-                text_bytes += len(content)
-        write_array(folder / "index.bin", index)
-        return {"documents": rows.size, "tokens": int(index["tokens"].sum()), "text_bytes": text_bytes}
+                index[number]["begin"], index[number]["tokens"] = begin, ids.size
+                begin += ids.size
+        write_array(folder / f"index_{split}.bin", index)
+        return index
+
+
+def shuffle_keys(file: npt.NDArray[np.uint32], position: UInt64, seed: int) -> UInt64:
+    """A random number for each document, from its id alone: documents sorted by it are shuffled."""
+    return mix64(mix64(mix64([seed]) + file) ^ position)
 
 
 @functools.cache

@@ -113,9 +113,10 @@ def write_folder(folder: Path, write: Callable[[Path], Receipt]) -> Receipt:
         receipt = write(aside)
         receipt["seconds"] = round(time.monotonic() - start, 3)
         (aside / _RECEIPT).write_text(json.dumps(receipt))
-        for path in aside.iterdir():
-            fsync_path(path)
-        fsync_path(aside)
+        for parent, _, names in os.walk(aside):
+            for name in names:
+                fsync_path(Path(parent, name))
+            fsync_path(Path(parent))
         aside.rename(folder)
         fsync_path(folder.parent)
     except BaseException:

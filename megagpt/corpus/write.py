@@ -1,0 +1,104 @@
+"""Stage `write`: the dataset from the tokens of all parts, in the order of their documents' keys.
+
+An external sort in one pass: a task brings together, from every part, the documents with keys in one range, of about
+32 million tokens, and writes them in their order; the results, one after another, are the dataset. Beside a split's
+.bin and .idx stands .ids: the id of every document, in the same order.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from megagpt.corpus.documents import Documents
+from megagpt.corpus.exact import KeyRange
+from megagpt.corpus.external import Run
+from megagpt.corpus.tokenize import TOKENIZED
+from megagpt.corpus.workspace import Receipt, write_array
+from megagpt.data.indexed import IndexedDatasetWriter
+from megagpt.data.manifest import SplitInfo
+from megagpt.data.origins import ORIGIN, ids_path
+
+_TASK_TOKENS = 1 << 25
+
+
+@dataclass(frozen=True)
+class WriteTask:
+    """The documents of one split with keys in one range: tokens.bin, lengths.bin (int64 each), ids.bin (an ORIGIN
+    each)."""
+
+    parts: list[Path]
+    """Results of the stage `tokenize`."""
+    split: int
+    low: int
+    high: int | None
+    """Keys from `low` to below `high`; None: no limit."""
+    dtype: str
+
+    def __str__(self) -> str:
+        return f"split {self.split}, keys from {self.low}"
+
+    def run(self, folder: Path) -> Receipt:
+        """See the class; counts documents and tokens."""
+        found = [np.empty(0, TOKENIZED)]
+        tokens = [np.empty(0, self.dtype)]
+        loaded = 0
+        for part in self.parts:
+            path = part / f"index_{self.split}.bin"
+            if not path.exists():
+                continue
+            run = Run.of(path, TOKENIZED).between("key", self.low, self.high)
+            if not len(run):
+                continue
+            index = run.read(0, len(run))
+            count, begin = int(index["tokens"].sum()), int(index["begin"][0])
+            offset = begin * np.dtype(self.dtype).itemsize
+            tokens.append(np.fromfile(part / f"tokens_{self.split}.bin", self.dtype, count, offset=offset))
+            index["begin"] += np.uint64(loaded) - np.uint64(begin)  # modulo 2^64
+            found.append(index)
+            loaded += count
+        index = np.concatenate(found)
+        index = index[np.argsort(index["key"], kind="stable")]
+        all_tokens = np.concatenate(tokens)
+        ends = (index["begin"] + index["tokens"]).tolist()
+        with open(folder / "tokens.bin", "wb") as file:
+            for begin, end in zip(index["begin"].tolist(), ends, strict=True):
+                file.write(all_tokens[begin:end].data)
+        write_array(folder / "lengths.bin", index["tokens"].astype(np.int64))
+        ids = np.empty(index.size, ORIGIN)
+        ids["file"], ids["position"] = index["file"], index["position"]
+        write_array(folder / "ids.bin", ids)
+        return {"documents": index.size, "tokens": all_tokens.size}
+
+
+def write_tasks(
+    documents: Documents, parts: list[Path], split: int, tokens: Sequence[int], shuffled: bool, dtype: str
+) -> list[WriteTask]:
+    """The tasks of one split, in order; `tokens` counts its tokens in every part."""
+    if shuffled:
+        count = max(1, -(-sum(tokens) // _TASK_TOKENS))
+        ranges = [KeyRange(index, count) for index in range(count)]
+        return [WriteTask(parts, split, keys.low, keys.high, dtype) for keys in ranges]
+    bounds, waiting = [0], 0
+    for part, added in zip(documents.parts, tokens, strict=True):
+        if waiting >= _TASK_TOKENS:
+            bounds.append(part.first)
+            waiting = 0
+        waiting += added
+    ends = [*bounds[1:], None]
+    return [WriteTask(parts, split, low, high, dtype) for low, high in zip(bounds, ends, strict=True)]
+
+
+def join(prefix: Path, results: Sequence[Path], dtype: str) -> SplitInfo:
+    """Write the dataset `prefix` from the results of all tasks of a split."""
+    with IndexedDatasetWriter(prefix, dtype) as writer, open(ids_path(prefix), "wb") as ids:
+        for folder in results:
+            tokens, lengths = (
+                np.fromfile(folder / f"{name}.bin", t) for name, t in (("tokens", dtype), ("lengths", "<i8"))
+            )
+            writer.add_documents(tokens, lengths)
+            with open(folder / "ids.bin", "rb") as file:
+                shutil.copyfileobj(file, ids, 1 << 20)
+    return SplitInfo(documents=writer.num_documents, sequences=writer.num_sequences, tokens=writer.num_tokens)
