@@ -22,7 +22,7 @@ $(STAMP): setup.py constraints.txt
 	  { echo "error: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu install python3-venv" >&2; \
 	    rm -rf $(VENV); exit 1; }
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  --constraint constraints.txt --editable '.[dev,mpi,export,web]'
+	  --constraint constraints.txt --editable '.[dev,mpi,export,web,fast]'
 	@touch $(STAMP)
 
 quickstart: setup ## from Python's own text to samples of a small GPT, in a few minutes

@@ -22,6 +22,135 @@ class CleanConfig(Section):
     """Whether to clean: encoding, Unicode NFC, control characters, whitespace."""
     repair_encoding: bool = True
     """Whether ftfy repairs text that was decoded in the wrong encoding."""
+    remove_html: bool = False
+    """Whether tags, comments, scripts and styles that were left in the text go, and entities become characters."""
+    mask_emails: bool = False
+    """Whether e-mail addresses become <email> (as in FineWeb, Penedo et al. 2024, and Dolma, Soldaini et al. 2024)."""
+    mask_ips: bool = False
+    """Whether public IPv4 addresses become <ip>; private and reserved ones stay."""
+    normalize_punctuation: bool = False
+    """Whether curly quotes, dashes, ellipses and the like become ASCII (after CCNet, Wenzek et al. 2019)."""
+
+
+class FilterConfig(Section):
+    """Which documents stay, by their text alone; null (an empty list, false) turns a single check off.
+
+    Words are what whitespace separates: for languages written without it turn the checks of words off. Shares are of a
+    document's first 2^20 characters.
+    """
+
+    enabled: bool = False
+    """Whether to filter."""
+
+    min_characters: int | None = Field(None, gt=0)
+    """Least characters of a document."""
+    max_characters: int | None = Field(None, gt=0)
+    """Most characters of a document."""
+    min_words: int | None = Field(50, gt=0)
+    """Least words of a document (Gopher, Rae et al. 2021)."""
+    max_words: int | None = Field(100_000, gt=0)
+    """Most words of a document (Gopher)."""
+
+    languages: list[str] = []
+    """Languages that stay, as ISO 639-1 codes, found by py3langid (Lui and Baldwin 2012); none: any language."""
+    min_language_probability: float = Field(0.65, ge=0, le=1)
+    """Least probability that a document is in one of `languages`, 0 to 1 (0.65: FineWeb, Penedo et al. 2024)."""
+
+    min_mean_word_length: float | None = Field(3, ge=0)
+    """Least characters a word on average (Gopher)."""
+    max_mean_word_length: float | None = Field(10, gt=0)
+    """Most characters a word on average (Gopher)."""
+    max_hashes: float | None = Field(0.1, ge=0)
+    """Most hash signs a word (Gopher)."""
+    max_ellipses: float | None = Field(0.1, ge=0)
+    """Most ellipses a word (Gopher)."""
+    max_bullet_lines: float | None = Field(0.9, ge=0, le=1)
+    """Largest share of lines that begin with a bullet (Gopher)."""
+    max_ellipsis_lines: float | None = Field(0.3, ge=0, le=1)
+    """Largest share of lines that end with an ellipsis (Gopher)."""
+    min_alphabetic_words: float | None = Field(0.8, ge=0, le=1)
+    """Least share of words with at least one letter (Gopher)."""
+    min_stop_words: int | None = Field(2, gt=0)
+    """Least number of different `stop_words` in a document (Gopher)."""
+    stop_words: list[str] = ["the", "be", "to", "of", "and", "that", "have", "with"]
+    """The words that `min_stop_words` means, in lower case: Gopher's, for English."""
+
+    lorem_ipsum: bool = True
+    """Whether documents with "lorem ipsum" are removed (C4, Raffel et al. 2020)."""
+    curly_bracket: bool = False
+    """Whether documents with a { are removed: pages with code in them (C4)."""
+    max_boilerplate_lines: float | None = Field(None, ge=0, le=1)
+    """Largest share of lines about JavaScript, cookies, privacy policy or terms of use (C4 removes these lines)."""
+    min_sentences: int | None = Field(None, gt=0)
+    """Least sentences of a document (C4; 5 there)."""
+    min_punctuated_lines: float | None = Field(None, ge=0, le=1)
+    """Least share of lines that end like a sentence (FineWeb; 0.12 there; C4 removes the other lines)."""
+    max_short_lines: float | None = Field(None, ge=0, le=1)
+    """Largest share of lines shorter than `short_line` (FineWeb; 0.67 there)."""
+    short_line: int = Field(30, gt=0)
+    """Characters from which on a line is not short (FineWeb)."""
+
+    max_duplicate_lines: float | None = Field(0.3, ge=0, le=1)
+    """Largest share of lines that repeat an earlier one (Gopher, as all below)."""
+    max_duplicate_paragraphs: float | None = Field(0.3, ge=0, le=1)
+    """Largest share of paragraphs, which blank lines separate, that repeat an earlier one."""
+    max_duplicate_line_characters: float | None = Field(0.2, ge=0, le=1)
+    """Largest share of the lines' characters that is in lines that repeat an earlier one."""
+    max_duplicate_paragraph_characters: float | None = Field(0.2, ge=0, le=1)
+    """Largest share of the paragraphs' characters that is in paragraphs that repeat an earlier one."""
+    max_top_2gram: float | None = Field(0.2, ge=0, le=1)
+    """Largest share of the words' characters that the most frequent run of 2 words covers."""
+    max_top_3gram: float | None = Field(0.18, ge=0, le=1)
+    """The same for runs of 3 words."""
+    max_top_4gram: float | None = Field(0.16, ge=0, le=1)
+    """The same for runs of 4 words."""
+    max_duplicate_5grams: float | None = Field(0.15, ge=0, le=1)
+    """Largest share of the words' characters that is in runs of 5 words that occurred earlier in the document."""
+    max_duplicate_6grams: float | None = Field(0.14, ge=0, le=1)
+    """The same for runs of 6 words."""
+    max_duplicate_7grams: float | None = Field(0.13, ge=0, le=1)
+    """The same for runs of 7 words."""
+    max_duplicate_8grams: float | None = Field(0.12, ge=0, le=1)
+    """The same for runs of 8 words."""
+    max_duplicate_9grams: float | None = Field(0.11, ge=0, le=1)
+    """The same for runs of 9 words."""
+    max_duplicate_10grams: float | None = Field(0.10, ge=0, le=1)
+    """The same for runs of 10 words."""
+
+    @field_validator("languages")
+    @classmethod
+    def _check_languages(cls, languages: list[str]) -> list[str]:
+        if languages:
+            from megagpt.corpus.filters.language import known_languages
+
+            for language in languages:
+                if language not in known_languages():
+                    raise ValueError(f"no language {language!r}; choose from {', '.join(sorted(known_languages()))}")
+        return languages
+
+    @field_validator("stop_words")
+    @classmethod
+    def _check_stop_words(cls, stop_words: list[str]) -> list[str]:
+        for word in stop_words:
+            if [word] != word.lower().split():
+                raise ValueError(f"{word!r} is not one word in lower case; documents are searched for such words")
+        return stop_words
+
+
+class DecontaminateConfig(Section):
+    """Removal of documents that share text with evaluation data (Brown et al. 2020, GPT-3, appendix C)."""
+
+    files: list[str] = []
+    """Evaluation files, folders and glob patterns, of the formats that are read as input; none: nothing is removed."""
+    text_keys: list[str] = Field(["text"], min_length=1)
+    """Keys of an evaluation document's texts in .jsonl, Parquet and Arrow files, such as question and answer.
+
+    Those that it has are joined in this order to one text.
+    """
+    ngram_words: int = Field(13, gt=0)
+    """Words of a run that an evaluation document must share; a shorter one is shared only as a whole document."""
+    action: Literal["drop", "report"] = "drop"
+    """drop: such documents are removed; report: they stay, and are listed."""
 
 
 class DedupConfig(Section):
@@ -88,6 +217,8 @@ class ExecutionConfig(Section):
     """Folder for intermediate files, about the size of the text; null: OUTPUT.work. Removed after success."""
     chunk_mb: float | None = Field(None, gt=0)
     """Input a task reads, in MiB; null: by the size of the input, 1 to 64."""
+    tokenizer_backend: Literal["auto", "tiktoken", "gigatoken"] = "auto"
+    """Who encodes: auto takes gigatoken where it is installed and proven to give tiktoken's ids."""
     vocab_dir: str | None = None
     """Folder to look for the tokenizer's vocabulary files in first; null: where load_tokenizer looks."""
 
@@ -105,6 +236,10 @@ class CorpusConfig(Section):
     """Name of a tiktoken encoding, `bytes`, or the file of an own trained tokenizer."""
     clean: CleanConfig = CleanConfig()
     """Cleaning."""
+    filter: FilterConfig = FilterConfig()
+    """Filters."""
+    decontaminate: DecontaminateConfig = DecontaminateConfig()
+    """Evaluation data to keep out."""
     dedup: DedupConfig = DedupConfig()
     """Duplicates."""
     validation_fraction: float = Field(0.01, ge=0, lt=1)

@@ -106,8 +106,8 @@ class Tokenizer:
             ) from error
 
     def _encode_chunks(self, text: str) -> npt.NDArray[np.uint32]:
-        chunks = [self.encoding.encode_to_numpy(chunk, disallowed_special=()) for chunk in _chunks(text)]
-        return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+        parts = [self.encoding.encode_to_numpy(chunk, disallowed_special=()) for chunk in chunks(text)]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def load_tokenizer(name_or_path: str | Path, vocab_dir: str | Path | None = None) -> Tokenizer:
@@ -160,7 +160,7 @@ def _unknown(name: str, path: Path) -> str:
     return f"unknown tokenizer {name!r}{hint}: neither a name ({', '.join(TOKENIZER_NAMES)}) nor a file"
 
 
-def _chunks(text: str) -> Iterator[str]:
+def chunks(text: str) -> Iterator[str]:
     """Cut `text` into chunks of at most MAX_CHUNK_CHARACTERS, where it changes no token if there is such a place."""
     start = 0
     while len(text) - start > MAX_CHUNK_CHARACTERS:

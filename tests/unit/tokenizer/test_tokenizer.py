@@ -147,7 +147,7 @@ def test_chunks_give_the_ids_of_the_whole_text(name: str, monkeypatch: pytest.Mo
             + noise.choice(cuts)
             for _ in range(20)
         )
-        assert len(list(module._chunks(text))) > 1
+        assert len(list(module.chunks(text))) > 1
         assert tokenizer.encode(text) == tokenizer.encoding.encode_ordinary(text)
 
 
@@ -156,7 +156,7 @@ def test_chunks_give_the_ids_of_the_whole_text(name: str, monkeypatch: pytest.Mo
 def test_cutting_loses_nothing_wherever_it_happens(text: str, size: int) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(module, "MAX_CHUNK_CHARACTERS", size)
-        chunks = list(module._chunks(text))
+        chunks = list(module.chunks(text))
         assert GPT2.decode(GPT2.encode(text)) == as_utf8(text)
     assert "".join(chunks) == text
     assert all(len(chunk) <= size for chunk in chunks)
