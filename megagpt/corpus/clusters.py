@@ -124,7 +124,9 @@ def _fingerprint(runs: Sequence[Run]) -> int:
 
 def _sizes(runs: Sequence[Run], folder: Path) -> tuple[int, list[tuple[int, int]]]:
     """The number of clusters, and (size, number of the survivor) of the largest, given edges that are stars."""
-    _reverse(runs, folder)
+    target = folder / "round_sizes"
+    target.mkdir()
+    _reverse(runs, target)
     clusters = 0
     largest: list[tuple[int, int]] = []  # a heap of (size, -survivor)
     survivor, size = -1, 0
@@ -134,7 +136,7 @@ def _sizes(runs: Sequence[Run], folder: Path) -> tuple[int, list[tuple[int, int]
         if len(largest) > _LARGEST:
             heapq.heappop(largest)
 
-    for block in merge_runs(written_runs(folder, "reversed", PAIR), ("member", "leader")):
+    for block in merge_runs(written_runs(target, "reversed", PAIR), ("member", "leader")):
         survivors, sizes = np.unique(block["member"], return_counts=True)
         if survivors[0] == survivor:
             sizes[0] += size
