@@ -38,7 +38,7 @@ class ClustersTask:
     def run(self, folder: Path) -> Receipt:
         """See the class; counts duplicates, clusters of more than one document, and rounds until all was settled."""
         runs = [run for edges in self.edges for run in written_runs(edges, "pairs", PAIR)]
-        before, fingerprint, rounds = -1, _fingerprint(runs), 0
+        before, fingerprint, rounds = None, _fingerprint(runs), 0
         while fingerprint != before:
             target = folder / f"round_{rounds}"
             target.mkdir()
@@ -114,12 +114,13 @@ def _with_first(runs: Sequence[Run]) -> Iterator[tuple[Records, npt.NDArray[np.u
         last_member, last_smallest = member[-1], firsts[-1]
 
 
-def _fingerprint(runs: Sequence[Run]) -> int:
-    """A number that two different sets of edges share by chance only."""
-    total = 0
+def _fingerprint(runs: Sequence[Run]) -> tuple[int, int]:
+    """The number of edges, and one that two different sets of them share by chance only."""
+    count, total = 0, 0
     for edges in _edges(runs):
-        total += int(mix64(mix64(edges["member"]) ^ edges["leader"]).sum()) + (edges.size << 64)
-    return total
+        count += edges.size
+        total = (total + int(mix64(mix64(edges["member"]) ^ edges["leader"]).sum())) % (1 << 64)
+    return count, total
 
 
 def _sizes(runs: Sequence[Run], folder: Path) -> tuple[int, list[tuple[int, int]]]:
