@@ -1,8 +1,10 @@
 """python -m tools.benchmark: measure this machine's speed with this code, side by side with a plain alternative."""
 
 import json
+import os
+import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -10,6 +12,8 @@ from rich.console import Console
 from launch.environment import discover
 from launch.process import joined
 from megagpt.config import load_config
+from megagpt.errors import UsageError
+from megagpt.scaling.corpus_benchmark import PARTS, Benchmark
 from tools.command import run_command
 
 PROGRAM = "python -m tools.benchmark"
@@ -50,6 +54,50 @@ def train(
     console.print(
         f"megagpt is {speedup['median']:.2f} x as fast (pair by pair: {speedup['min']:.2f} to {speedup['max']:.2f})"
     )
+    _write(result, output)
+
+
+@app.command()
+def corpus(
+    parts: Annotated[str, typer.Option(help=f"What to measure, separated by commas: {', '.join(PARTS)}.")] = ",".join(
+        PARTS
+    ),
+    megabytes: Annotated[float, typer.Option(min=0.1, help="Generated text of a measurement, in MB.")] = 100,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes. [default: one for each CPU]")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Times that everything is measured; medians count.")] = 3,
+    filters: Annotated[
+        Path, typer.Option(help="Configuration of a corpus, with the cleaning and filters to measure.")
+    ] = Path("configs/data/web.yaml"),
+    large: Annotated[bool, typer.Option("--large", help="Let `linear` go on to 1,000 MB.")] = False,
+    folder: Annotated[
+        Path | None, typer.Option(help="Scratch space, five times the text. [default: the system's]")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file too.")] = None,
+) -> None:
+    """From text to token files: signatures, banding, tokenization, whole runs, and how the cost grows.
+
+    Example: python -m tools.benchmark corpus --parts tokenize,pipeline --megabytes 50 --workers 2
+    """
+    chosen = [part.strip() for part in parts.split(",")]
+    if unknown := [part for part in chosen if part not in PARTS]:
+        raise UsageError(f"--parts {','.join(unknown)}: choose from {', '.join(PARTS)}")
+    console = Console(highlight=False, soft_wrap=True)
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="megagpt_benchmark_", dir=folder) as scratch:
+        benchmark = Benchmark(
+            folder=Path(scratch),
+            megabytes=megabytes,
+            workers=workers or len(os.sched_getaffinity(0)),
+            repeats=repeats,
+            filter_config=filters,
+            large=large,
+            report=console.print,
+        )
+        _write(benchmark.run(chosen), output)
+
+
+def _write(result: dict[str, Any], output: Path | None) -> None:
     if output:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

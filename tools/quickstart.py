@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megagpt.config import load_config
+from megagpt.corpus.sample_text import library_sources
 from megagpt.data.unigram import unigram_loss
 from megagpt.errors import UserError
 from megagpt.training.metrics import read_metrics
@@ -67,10 +68,8 @@ def write_corpus(folder: Path) -> str:
         aside = folder.with_name(folder.name + ".tmp")
         shutil.rmtree(aside, ignore_errors=True)
         library = Path(sysconfig.get_path("stdlib"))
-        for source in sorted(library.rglob("*.py")):
+        for source in library_sources():
             name = source.relative_to(library)
-            if {"site-packages", "dist-packages", "test", "tests", "idle_test"} & set(name.parts):
-                continue
             target = aside / "library" / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, target)
