@@ -188,7 +188,8 @@ def test_copies_go_and_the_list_says_what_stays_in_their_stead(corpus: Path) -> 
     report = run(corpus, max_bad=0.1, dedup={"method": "exact"})
     offset = (corpus / "in/b.jsonl").read_text().splitlines(keepends=True)
     positions = [sum(map(len, offset[:line])) for line in (1, 60, 61)]
-    common = {"file": str(corpus / "in/b.jsonl"), "stage": "exact", "reason": "same text", "similarity": 1.0}
+    common: dict[str, Any] = {"file": str(corpus / "in/b.jsonl"), "stage": "exact", "reason": "same text"}
+    common |= {"detail": "", "similarity": 1.0}
     assert removed_of(corpus / "out") == [
         {"id": f"1:{positions[1]}", "survivor": "0:0", **common},
         {"id": f"1:{positions[2]}", "survivor": f"1:{positions[0]}", **common},
@@ -311,6 +312,7 @@ def test_a_document_that_cleaning_empties_is_removed_and_not_an_error(tmp_path: 
         "file": str(tmp_path / "in/a.jsonl"),
         "stage": "clean",
         "reason": "empty after cleaning",
+        "detail": "",
         "survivor": None,
         "similarity": None,
     }
@@ -447,11 +449,11 @@ def test_a_pattern_that_meets_the_folders_of_the_run_still_means_the_same_input(
         return run(corpus, max_bad=0.1, input=inputs)
 
     with monkeypatch.context() as patch:
-        patch.setattr("megagpt.corpus.pipeline.write_split", interrupt)
+        patch.setattr("megagpt.corpus.pipeline.join", interrupt)
         with pytest.raises(KeyboardInterrupt):
             again()
     assert (corpus / "out.work").is_dir()
-    assert [stage.name for stage in again().stages if not stage.reused] == ["write"]
+    assert [stage.name for stage in again().stages if not stage.reused] == ["join"]
     assert again().was_finished
 
 
@@ -536,7 +538,7 @@ def interrupt(*_: Any) -> None:
 def test_input_without_a_usable_document_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "in/empty.txt").write_text("")
-    with pytest.raises(UserError, match="none of 0 documents is left to write; check the input and --text-key"):
+    with pytest.raises(UserError, match="no document is left to write; check the input, --text-key and the filters"):
         run(tmp_path)
     assert not (tmp_path / "out").exists()
 
@@ -553,5 +555,5 @@ def test_a_failure_while_writing_leaves_no_output_and_the_next_run_goes_on(
             run(corpus, max_bad=0.1)
     assert sorted(path.name for path in corpus.iterdir()) == ["in", "out.work"]
     report = run(corpus, max_bad=0.1)
-    assert all(stage.reused == stage.tasks for stage in report.stages if stage.name != "write")
+    assert all(stage.reused == stage.tasks for stage in report.stages if stage.name != "join")
     assert sorted(path.name for path in corpus.iterdir()) == ["in", "out"]
