@@ -25,7 +25,7 @@ _DOCSTRING = re.compile(r'"""(.*?)"""', re.DOTALL)
 _SHORTEST_PARAGRAPH, _LONGEST_PARAGRAPH = 80, 1000  # characters
 _INVENTED_EVERY = 100  # words
 _SYLLABLES = ("ba", "chi", "dor", "el", "fun", "gra", "hin", "jo", "kal", "lem", "mi", "nor", "pel", "qua", "ri", "stu")
-_MOST_EDITED = 0.06  # of the words: a similarity of about 0.55
+_MOST_REPLACED, _MOST_CUT = 0.06, 0.4  # of the words: a similarity of about 0.55 or 0.6
 _ORIGINALS = 1000  # documents, drawn from all so far, that copies are made of
 
 
@@ -73,8 +73,8 @@ def sample_documents(
 ) -> Iterator[Sample]:
     """Documents of about `document_bytes`, without end; the shares are of all documents.
 
-    Of the edited copies, half have single words replaced and half have one stretch of words removed, both by an amount
-    between one word and 6% of the words.
+    Of the edited copies, half have single words replaced, one to 6% of them, and half have one stretch of words cut
+    out, one to 40% of them.
     """
     rng = random.Random(seed)
     originals: list[Sample] = []
@@ -170,12 +170,12 @@ def _document(rng: random.Random, size: int) -> str:
 def _edited(text: str, rng: random.Random) -> str:
     words = re.split(r"( |\n\n)", text)  # words at even places, what separates them at odd ones
     count = (len(words) + 1) // 2
-    amount = rng.randint(1, max(1, int(count * _MOST_EDITED)))
-    if rng.random() < 0.5 and amount < count:
-        start = rng.randrange(count - amount)
-        del words[2 * start : 2 * (start + amount)]
+    if rng.random() < 0.5:
+        cut = rng.randint(1, max(1, int(count * _MOST_CUT)))
+        start = rng.randint(0, count - cut)
+        del words[2 * start : 2 * (start + cut)]
     else:
-        for place in rng.sample(range(count), amount):
+        for place in rng.sample(range(count), rng.randint(1, max(1, int(count * _MOST_REPLACED)))):
             words[2 * place] = _invented(rng)
     return "".join(words)
 
