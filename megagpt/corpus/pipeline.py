@@ -48,6 +48,7 @@ from megagpt.data.manifest import FileChecksum, Manifest, SplitInfo, TokenizerIn
 from megagpt.data.origins import SOURCES_NAME
 from megagpt.errors import UserError
 from megagpt.tokenizer import Tokenizer, load_tokenizer
+from megagpt.tokenizer.fast import DocumentEncoder
 from megagpt.tokenizer.ranks import write_rank_file
 
 
@@ -70,6 +71,8 @@ def preprocess(
     start = time.monotonic()
     output, work_dir = run_folders(config)
     tokenizer = load_tokenizer(config.tokenizer, config.execution.vocab_dir)
+    if config.execution.tokenizer_backend == "gigatoken":
+        DocumentEncoder(tokenizer, "gigatoken")  # an error now, and not in a worker later
     plan = make_plan(config, tokenizer, written=(output, work_dir))
     if not overwrite and (manifest := finished(output, plan.hash)):
         counts = manifest.counts
@@ -124,7 +127,10 @@ class _Run:
     def _extract(self) -> StageResult:
         config = self.config
         screening = Screening(config.clean)
-        tasks = [ExtractTask(chunk, config.text_key, screening, config.dedup) for chunk in self.plan.chunks]
+        tasks = [
+            ExtractTask(chunk, config.text_key, config.max_document_bytes, screening, config.dedup)
+            for chunk in self.plan.chunks
+        ]
         return self._stage("extract", tasks)
 
     def _quarantine(self, path: Path, chunks: list[Path]) -> dict[str, int]:
@@ -179,6 +185,7 @@ class _Run:
                 vocab_sha256=self.tokenizer.vocab_sha256,
                 dtype=self.dtype,
                 vocab_dir=config.execution.vocab_dir,
+                backend=config.execution.tokenizer_backend,
                 shuffle=config.shuffle,
                 seed=config.seed,
             )

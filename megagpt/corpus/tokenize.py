@@ -6,6 +6,7 @@ each document), both in the order of the dataset: a task of the stage `write` th
 
 import functools
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +20,13 @@ from megagpt.corpus.select import DECISION
 from megagpt.corpus.splits import draws, split_of
 from megagpt.corpus.workspace import Receipt, map_array, write_array
 from megagpt.errors import UserError
-from megagpt.tokenizer import Tokenizer, load_tokenizer
+from megagpt.tokenizer import load_tokenizer
+from megagpt.tokenizer.fast import Backend, DocumentEncoder
 
 TOKENIZED = np.dtype([("key", "<u8"), ("begin", "<u8"), ("tokens", "<u8"), ("file", "<u4"), ("position", "<u8")])
 """A document: its key in the order of the dataset, where its tokens begin, how many they are, and its id."""
+
+_BYTES_AT_ONCE = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class TokenizeTask:
     vocab_dir: str | None
     vocab_sha256: str
     """The vocabulary that the run was planned with."""
+    backend: Backend
+    """Who encodes; the ids are the same."""
     dtype: str
     """The dataset's type of ids."""
     shuffle: bool
@@ -49,7 +55,7 @@ class TokenizeTask:
     def run(self, folder: Path) -> Receipt:
         """See the module; counts documents, tokens, text bytes, tokens by number of split, and documents by length:
         `length k` is those of 2^k to 2^(k+1) - 1 tokens. UserError: the tokenizer is another one by now."""
-        tokenizer = _planned_tokenizer(self.tokenizer, self.vocab_dir, self.vocab_sha256)
+        encoder = _encoder(self.tokenizer, self.vocab_dir, self.vocab_sha256, self.backend)
         documents = map_array(self.part.folder / "documents.bin", DOCUMENT)
         rows = np.flatnonzero(map_array(self.select / "decisions.bin", DECISION)["removed_by"] == 0)
         kept = documents[rows]
@@ -63,7 +69,7 @@ class TokenizeTask:
         for split in np.unique(splits).tolist():
             chosen = np.flatnonzero(splits == split)
             chosen = chosen[np.argsort(keys[chosen], kind="stable")]
-            index = self._write_split(folder, split, kept[chosen], keys[chosen], tokenizer)
+            index = self._write_split(folder, split, kept[chosen], keys[chosen], encoder)
             receipt[f"tokens {split}"] = int(index["tokens"].sum())
             receipt["tokens"] += receipt[f"tokens {split}"]
             lengths += np.bincount(np.frexp(index["tokens"].astype(float))[1] - 1, minlength=64)
@@ -71,20 +77,26 @@ class TokenizeTask:
         return receipt
 
     def _write_split(
-        self, folder: Path, split: int, documents: npt.NDArray[np.void], keys: UInt64, tokenizer: Tokenizer
+        self, folder: Path, split: int, documents: npt.NDArray[np.void], keys: UInt64, encoder: DocumentEncoder
     ) -> npt.NDArray[np.void]:
         index = np.empty(documents.size, TOKENIZED)
         index["key"], index["file"], index["position"] = keys, documents["file"], documents["position"]
-        begin = 0
         with open(self.part.folder / "text.bin", "rb") as texts, open(folder / f"tokens_{split}.bin", "wb") as file:
-            for number, document in enumerate(documents):
-                text = os.pread(texts.fileno(), int(document["size"]), int(document["begin"])).decode()
-                ids = np.append(tokenizer.encode_to_numpy(text), tokenizer.eod_id).astype(self.dtype)
-                file.write(ids.data)
-                index[number]["begin"], index[number]["tokens"] = begin, ids.size
-                begin += ids.size
+            for start, stop in _blocks(documents["size"]):
+                places = documents[["size", "begin"]][start:stop].tolist()
+                contents = (os.pread(texts.fileno(), size, begin).decode() for size, begin in places)
+                tokens, index["tokens"][start:stop] = encoder.encode_documents(contents, self.dtype)
+                file.write(tokens.data)
+        index["begin"] = np.cumsum(index["tokens"]) - index["tokens"]
         write_array(folder / f"index_{split}.bin", index)
         return index
+
+
+def _blocks(sizes: UInt64) -> Iterator[tuple[int, int]]:
+    """Begin and end of stretches of documents that are encoded at once."""
+    numbers = (np.cumsum(sizes) - sizes) // np.uint64(_BYTES_AT_ONCE)
+    begins = np.flatnonzero(np.append(True, numbers[1:] != numbers[:-1])).tolist()
+    return zip(begins, [*begins[1:], sizes.size], strict=True)
 
 
 def shuffle_keys(file: npt.NDArray[np.uint32], position: UInt64, seed: int) -> UInt64:
@@ -93,8 +105,8 @@ def shuffle_keys(file: npt.NDArray[np.uint32], position: UInt64, seed: int) -> U
 
 
 @functools.cache
-def _planned_tokenizer(name: str, vocab_dir: str | None, vocab_sha256: str) -> Tokenizer:
+def _encoder(name: str, vocab_dir: str | None, vocab_sha256: str, backend: Backend) -> DocumentEncoder:
     tokenizer = load_tokenizer(name, vocab_dir)
     if tokenizer.vocab_sha256 != vocab_sha256:
         raise UserError(f"tokenizer {name}: its vocabulary changed during the run; run the command again")
-    return tokenizer
+    return DocumentEncoder(tokenizer, backend)
