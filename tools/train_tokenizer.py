@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
+from megagpt.corpus.finding import find_files
 from megagpt.corpus.reading import read_piece
 from megagpt.corpus.records import HARMLESS, BadRecord, ReadCount
-from megagpt.corpus.sources import Piece, SourceFile, find_files, one_line
+from megagpt.corpus.sources import Piece, SourceFile, one_line
 from megagpt.errors import UsageError, UserError
 from megagpt.tokenizer import TOKENIZER_NAMES, load_tokenizer
 from megagpt.tokenizer.ranks import write_rank_file

@@ -1,90 +1,240 @@
-"""Compressed files as streams of their content, with an error where the content is cut short or damaged."""
+"""Compressed files as streams of their content, with an error where the content is cut short or damaged.
+
+All that precedes the damage is given first, and no more than a few MiB is held, whatever a few bytes expand to.
+"""
 
 import bz2
-import gzip
 import io
 import lzma
+import os
 import zlib
 from collections.abc import Callable
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 import zstandard
 
 from megagpt.corpus.sources import Compression
 
-DAMAGED_ERRORS = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError, zstandard.ZstdError)
+DAMAGED_ERRORS = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 """What reading a damaged stream raises, after all that precedes the damage was read."""
 
+_READ_BYTES = 1 << 16  # compressed, at once
+_MOST_CONTENT = 1 << 18  # of one call of a decompressor
+_ZSTD_BYTES = 1 << 11  # zstandard has no bound for the content of a call; from these at most 64 MiB can come
+_GZIP_MAGIC = b"\x1f\x8b\x08"
 
-class _Decompressor(Protocol):
-    """Of one frame, as the standard library's modules and zstandard have it."""
+
+class _Frame(Protocol):
+    """What decompresses one frame, as the standard library's modules have it."""
 
     @property
     def eof(self) -> bool:
         """Whether the frame is complete."""
 
     @property
-    def unused_data(self) -> bytes:
-        """What follows it, of the data given."""
+    def needs_input(self) -> bool:
+        """Whether there is no more content without more data."""
 
-    def decompress(self, data: bytes, /) -> bytes:
-        """The content that `data` adds."""
+    @property
+    def unused_data(self) -> bytes:
+        """What follows the frame, of the data given."""
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        """Some of the content that follows, given more data."""
 
 
 def decompressed(raw: IO[bytes], compression: Compression) -> IO[bytes]:
-    """The content of `raw`, all its frames, one after another."""
-    match compression:
-        case "none":
-            return raw
-        case "gzip":
-            return io.BufferedReader(gzip.GzipFile(fileobj=raw))
-        case "zstd":
-            return io.BufferedReader(_FrameReader(raw, _zstd_decompressor))
-        case "bzip2":
-            return io.BufferedReader(_FrameReader(raw, bz2.BZ2Decompressor))
-        case "xz":
-            return io.BufferedReader(_FrameReader(raw, lzma.LZMADecompressor))
+    """The content of `raw`, which can seek: all its frames, one after another; a FrameReader if it is compressed.
+
+    Not buffered: a buffer would lose what is in it at damage.
+    """
+    if compression == "none":
+        return raw
+    return cast(IO[bytes], FrameReader(raw, _NEW_FRAME[compression]))  # a raw stream has all that is used of one
 
 
-def _zstd_decompressor() -> _Decompressor:
-    return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+class _GzipFrame:
+    """A member of a gzip file."""
+
+    def __init__(self) -> None:
+        self._object = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+        self.needs_input = True
+
+    @property
+    def eof(self) -> bool:
+        """See _Frame."""
+        return self._object.eof
+
+    @property
+    def unused_data(self) -> bytes:
+        """See _Frame."""
+        return self._object.unused_data
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        """See _Frame."""
+        tail = self._object.unconsumed_tail
+        content = self._object.decompress(tail + data if tail else data, max_length)
+        self.needs_input = len(content) < max_length and not self._object.unconsumed_tail
+        return content
 
 
-class _FrameReader(io.RawIOBase):
+class _ZstdFrame:
+    """A frame of a Zstandard file."""
+
+    def __init__(self) -> None:
+        self._object = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
+        self._data = b""
+        self._place = 0  # of what was not yet decompressed
+
+    @property
+    def eof(self) -> bool:
+        """See _Frame."""
+        return self._object.eof
+
+    @property
+    def needs_input(self) -> bool:
+        """See _Frame."""
+        return self._place >= len(self._data)
+
+    @property
+    def unused_data(self) -> bytes:
+        """See _Frame."""
+        return self._object.unused_data + self._data[self._place :]
+
+    def decompress(self, data: bytes, max_length: int) -> bytes:
+        """See _Frame; `max_length` is not kept."""
+        if data:
+            self._data, self._place = self._data[self._place :] + data, 0
+        block = self._data[self._place : self._place + _ZSTD_BYTES]
+        self._place += len(block)
+        return self._object.decompress(block)
+
+
+_NEW_FRAME: dict[Compression, Callable[[], _Frame]] = {
+    "gzip": _GzipFrame,
+    "zstd": _ZstdFrame,
+    "bzip2": bz2.BZ2Decompressor,
+    "xz": lzma.LZMADecompressor,
+}
+
+
+class FrameReader(io.RawIOBase):
     """The content of all frames of a file; EOFError if the last is cut short.
 
-    The libraries' own readers hide that (zstandard), or take damage after the first frame for its end (bz2, lzma).
+    The libraries' own readers hide that (zstandard), take damage after the first frame for its end (bz2, lzma), or lose
+    the content before the damage. Here a damaged frame is decompressed again up to the damage, byte by byte at the end.
     """
 
-    def __init__(self, raw: IO[bytes], new_decompressor: Callable[[], _Decompressor]) -> None:
+    def __init__(self, raw: IO[bytes], new_frame: Callable[[], _Frame]) -> None:
         self._raw = raw
-        self._new_decompressor = new_decompressor
-        self._frame = new_decompressor()
-        self._is_inside = False
+        self._new_frame = new_frame
         self._content = memoryview(b"")
+        self._data = b""  # read, and not yet given to a frame
+        self._begin_frame(0)
+
+    def _begin_frame(self, offset: int) -> None:
+        """A frame, or the padding before it, begins at this byte of the file."""
+        self._frame = self._new_frame()
+        self._start = offset
+        self._fed = self._given = 0  # bytes of the frame: compressed, and of content
+        self._safe_fed = 0  # compressed bytes from which all content was given
+        self._repeated = 0  # bytes of content that were given before the frame was begun again
+        self._bytes_at_once = _READ_BYTES
 
     def readable(self) -> bool:
+        """As io.RawIOBase has it."""
         return True
 
     def readinto(self, buffer: Any) -> int:
+        """As io.RawIOBase has it."""
         while not self._content:
-            block = self._frame.unused_data or self._raw.read(1 << 14)
             if self._frame.eof:
-                self._frame, self._is_inside = self._new_decompressor(), False
-            if not block:
-                if self._is_inside:
+                rest = self._frame.unused_data
+                self._data = rest + self._data
+                self._begin_frame(self._start + self._fed - len(rest))
+            block = self._next_block() if self._frame.needs_input else b""
+            if not block and self._frame.needs_input:
+                if self._fed:
                     raise EOFError("the file ends inside a compressed frame")
                 return 0
-            if not self._is_inside:
-                block = block.lstrip(b"\0")  # padding between frames, as xz allows
-            if block:
-                self._content, self._is_inside = memoryview(self._decompress(block)), True
+            self._decompress(block)
         size = min(len(buffer), len(self._content))
         buffer[:size], self._content = self._content[:size], self._content[size:]
         return size
 
-    def _decompress(self, block: bytes) -> bytes:
+    def _next_block(self) -> bytes:
+        while True:
+            data = self._data or self._raw.read(_READ_BYTES)
+            block, self._data = data[: self._bytes_at_once], data[self._bytes_at_once :]
+            if self._fed or not block:
+                return block
+            begin = block.lstrip(b"\0")  # padding between frames, as xz allows
+            self._start += len(block) - len(begin)
+            if begin:
+                return begin
+
+    def _decompress(self, block: bytes) -> None:
         try:
-            return self._frame.decompress(block)
+            content = self._decompressed(block)
+        except DAMAGED_ERRORS:
+            if self._bytes_at_once == 1:
+                raise
+            self._begin_again()
+            return
+        self._fed += len(block)
+        repeated = min(self._repeated, len(content))
+        self._repeated -= repeated
+        self._given += len(content) - repeated
+        self._content = memoryview(content)[repeated:]
+        if self._frame.needs_input:
+            self._safe_fed = self._fed
+
+    def _decompressed(self, block: bytes) -> bytes:
+        try:
+            return self._frame.decompress(block, _MOST_CONTENT)
         except OSError as error:  # bz2's word for damage
             raise EOFError(str(error)) from None
+
+    def _begin_again(self) -> None:
+        """Bring a new frame to where the old one had given all content, from where it goes on byte by byte."""
+        given, safe = self._given, self._safe_fed
+        self._raw.seek(self._start)
+        self._data = b""
+        self._begin_frame(self._start)
+        passed = 0
+        while self._fed < safe or not self._frame.needs_input:
+            block = self._raw.read(min(_READ_BYTES, safe - self._fed)) if self._frame.needs_input else b""
+            passed += len(self._decompressed(block))
+            self._fed += len(block)
+        self._given, self._safe_fed, self._repeated = given, safe, given - passed
+        self._bytes_at_once = 1
+
+    def skip_damage(self, beginning: bytes) -> bool:
+        """After an error, go on at the next gzip member whose content has this beginning; whether there is one."""
+        if self._new_frame is not _GzipFrame:
+            return False
+        offset = self._start + 1
+        self._raw.seek(offset)
+        window = self._raw.read(_READ_BYTES)
+        while len(window) >= len(_GZIP_MAGIC):
+            place = window.find(_GZIP_MAGIC)
+            if place < 0:
+                offset += len(window) - len(_GZIP_MAGIC) + 1
+            elif self._begins_with(offset + place, beginning):
+                self._raw.seek(offset + place)
+                self._data, self._content = b"", memoryview(b"")
+                self._begin_frame(offset + place)
+                return True
+            else:
+                offset += place + 1
+            self._raw.seek(offset)
+            window = self._raw.read(_READ_BYTES)
+        return False
+
+    def _begins_with(self, offset: int, beginning: bytes) -> bool:
+        self._raw.seek(offset, os.SEEK_SET)
+        member = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+        try:
+            return member.decompress(self._raw.read(_READ_BYTES), len(beginning)) == beginning
+        except zlib.error:
+            return False

@@ -9,6 +9,7 @@ from typing import Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from megagpt.config.schema import Section
+from megagpt.corpus.sources import Format
 
 _FINEWEB_BANDING, _FINEWEB_THRESHOLD = (14, 8), 0.8
 _LEAST_RECALL = 0.95
@@ -51,7 +52,7 @@ class FilterConfig(Section):
     max_words: int | None = Field(100_000, gt=0)
     """Most words of a document (Gopher)."""
 
-    languages: list[str] = []
+    languages: list[str] = Field([])
     """Languages that stay, as ISO 639-1 codes, found by py3langid (Lui and Baldwin 2012); none: any language."""
     min_language_probability: float = Field(0.65, ge=0, le=1)
     """Least probability that a document is in one of `languages`, 0 to 1 (0.65: FineWeb, Penedo et al. 2024)."""
@@ -72,7 +73,7 @@ class FilterConfig(Section):
     """Least share of words with at least one letter (Gopher)."""
     min_stop_words: int | None = Field(2, gt=0)
     """Least number of different `stop_words` in a document (Gopher)."""
-    stop_words: list[str] = ["the", "be", "to", "of", "and", "that", "have", "with"]
+    stop_words: list[str] = Field(["the", "be", "to", "of", "and", "that", "have", "with"])
     """The words that `min_stop_words` means, in lower case: Gopher's, for English."""
 
     lorem_ipsum: bool = True
@@ -140,7 +141,7 @@ class FilterConfig(Section):
 class DecontaminateConfig(Section):
     """Removal of documents that share text with evaluation data (Brown et al. 2020, GPT-3, appendix C)."""
 
-    files: list[str] = []
+    files: list[str] = Field([])
     """Evaluation files, folders and glob patterns, of the formats that are read as input; none: nothing is removed."""
     text_keys: list[str] = Field(["text"], min_length=1)
     """Keys of an evaluation document's texts in .jsonl, Parquet and Arrow files, such as question and answer.
@@ -227,9 +228,14 @@ class CorpusConfig(Section):
     """Everything about one token dataset made from text."""
 
     input: list[str] = Field(min_length=1)
-    """Files, folders (read recursively) and glob patterns; the folders of output and work are never input."""
+    """Files, folders (read recursively), glob patterns, `@FILE` for a list of inputs, `hf:NAME[:CONFIG][:SPLIT]` for a
+    dataset of the Hugging Face hub; the folders of output and work are never input."""
     output: str
     """Folder of the token dataset; appears when it is complete."""
+    format: Format = "auto"
+    """What all inputs hold; auto: what the name of each says (.jsonl, .parquet, ...; any other: one text a file)."""
+    max_document_mb: float = Field(50, gt=0)
+    """Most a document may take in its file, uncompressed (a line, a page, a row's text), in MiB; more is unreadable."""
     text_key: str = "text"
     """Key that holds the text in each line of a .jsonl file; column that holds it in Parquet and Arrow files."""
     tokenizer: str = "gpt2"
@@ -266,6 +272,11 @@ class CorpusConfig(Section):
         if sum(splits.values()) + info.data.get("validation_fraction", 0) >= 1:
             raise ValueError("the shares of splits and validation_fraction must leave something for training")
         return splits
+
+    @property
+    def max_document_bytes(self) -> int:
+        """max_document_mb in bytes, at least one."""
+        return max(1, int(self.max_document_mb * (1 << 20)))
 
     @property
     def shares(self) -> dict[str, float]:

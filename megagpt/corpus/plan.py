@@ -15,13 +15,14 @@ from typing import Any
 
 import megagpt
 from megagpt.corpus.config import CorpusConfig
-from megagpt.corpus.sources import LIBRARIES_OF_KIND, Kind, Piece, SourceFile, find_files
+from megagpt.corpus.finding import find_files
+from megagpt.corpus.sources import LIBRARIES_OF_KIND, Kind, Piece, SourceFile
 from megagpt.tokenizer import Tokenizer
 
 PIPELINE_VERSION = 2
 """Part of every plan's hash; raised when a change of the code changes what comes out."""
 
-_LIBRARIES = ("datasketch", "ftfy", "numpy", "scipy", "tiktoken", "xxhash", "zstandard")
+_LIBRARIES = ("datasketch", "ftfy", "numpy", "orjson", "scipy", "tiktoken", "xxhash", "zstandard")
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 1 << 20, 1 << 26
 
 
@@ -58,13 +59,13 @@ def make_plan(config: CorpusConfig, tokenizer: Tokenizer, written: Sequence[Path
     A file counts as changed if its path, size or time of change differs.
     UserError: the input cannot be found or read.
     """
-    files = find_files(config.input, written)
+    files = find_files(config.input, written, config.format)
     settings = config.model_dump(mode="json", exclude={"output", "max_bad", "execution"})
     versions = library_versions({file.kind for file in files})
     identity = {
         "pipeline": PIPELINE_VERSION,
         "config": {key: value for key, value in settings.items() if key != "input"},  # the files are what it means
-        "files": [[file.name, file.size, file.mtime_ns, file.found_in_folder, file.obstacle] for file in files],
+        "files": [file.identity for file in files],
         "vocabulary": [tokenizer.vocab_sha256, tokenizer.vocab_size, tokenizer.eod_id],
         "versions": versions,
     }

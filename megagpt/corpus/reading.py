@@ -1,17 +1,24 @@
-"""From files to documents, by what the file's name says it is.
+"""From files to documents, by what a file is said to hold or its name tells.
 
 A .jsonl file holds one JSON object a line; Parquet and Arrow files one document a row; an HTML file or a page of a WARC
-archive is the text of its main content; any other file is one document of UTF-8 text. What cannot be read as a document
-comes out as a BadRecord with its position, in order; nothing is guessed at.
+archive is the text of its main content, a page of a wiki's dump that of its wikitext; any other file is one document of
+UTF-8 text. What cannot be read as a document comes out as a BadRecord with its position, in order; nothing is guessed
+at, and nothing larger than a document may be is held in memory.
 """
 
+import contextlib
+import io
 import json
 import os
 from collections.abc import Callable, Iterator
 from typing import IO, Any
 
+import orjson
+
 from megagpt.corpus.columnar import read_arrow, read_parquet
 from megagpt.corpus.compression import DAMAGED_ERRORS, decompressed
+from megagpt.corpus.hub import open_hub_file
+from megagpt.corpus.mediawiki import read_mediawiki
 from megagpt.corpus.records import (
     BINARY,
     DAMAGED,
@@ -23,101 +30,131 @@ from megagpt.corpus.records import (
     ReadCount,
     checked,
     decode_utf8,
+    too_large,
 )
 from megagpt.corpus.sources import Piece, SourceFile, one_line
 from megagpt.corpus.web import main_text, read_warc
 from megagpt.errors import UserError
 
+DEFAULT_MAX_BYTES = 50 << 20
+"""Most bytes of a document in its file."""
+
+_BUFFER_BYTES = 1 << 18
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _SNIFFED_BYTES = 8000  # as git decides: a NUL among the first bytes makes a file binary
+_DEEPEST_JSON = "depth limit exceeded"  # orjson's, at 1024; how deep the standard library goes depends on its version
 
 
-def read_piece(piece: Piece, text_key: str, count: ReadCount) -> Iterator[Document | BadRecord]:
+def read_piece(
+    piece: Piece, text_key: str, count: ReadCount, max_bytes: int = DEFAULT_MAX_BYTES
+) -> Iterator[Document | BadRecord]:
     """The documents that begin in `piece`, in order, with what could not be read in between; `count` grows with them.
 
-    Pieces that cover a file give each of its records once, wherever they are cut.
-    OSError: the file cannot be read. UserError: it is not what was planned, or has no column `text_key`.
+    Pieces that cover a file give each of its records once, wherever they are cut. A record of more than `max_bytes` is
+    passed over as a BadRecord.
+    OSError: the file cannot be read. UserError: it is not what was planned, or the hub does not give it.
     """
     if piece.file.obstacle:
         yield BadRecord(0, None, NO_FILE, piece.file.obstacle)
         return
-    with open(piece.file.name, "rb") as raw:
-        _check_unchanged(piece.file, os.fstat(raw.fileno()))
+    with _open(piece.file) as raw:
         if piece.file.size == 0:
             yield BadRecord(0, None, EMPTY, "the file has no bytes")
             return
         stream = decompressed(raw, piece.file.compression)
         match piece.file.kind:
             case "jsonl":
-                yield from _read_lines(stream, piece, text_key, count)
+                yield from _read_lines(_buffered(stream), piece, text_key, count, max_bytes)
             case "parquet":
-                yield from read_parquet(stream, piece, text_key, count)
+                yield from read_parquet(stream, piece, text_key, count, max_bytes)
             case "arrow":
-                yield from read_arrow(piece, text_key, count)
+                yield from read_arrow(stream, piece, text_key, count, max_bytes)
             case "warc":
-                yield from read_warc(stream, count)
+                yield from read_warc(stream, count, max_bytes)
+            case "mediawiki":
+                yield from read_mediawiki(stream, count, max_bytes)
             case "html":
-                yield _read_whole(stream, count, main_text)
+                yield _read_whole(_buffered(stream), count, max_bytes, main_text)
             case "text":
-                yield _read_whole(stream, count, lambda content: _plain_text(content, piece.file.found_in_folder))
+                to_text = _text_or_binary if piece.file.found_in_folder else _plain_text
+                yield _read_whole(_buffered(stream), count, max_bytes, to_text, piece.file.found_in_folder)
 
 
-def _check_unchanged(file: SourceFile, status: os.stat_result) -> None:
-    if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
-        raise UserError(f"{one_line(file.name)}: changed while the run was reading it; run the command again")
+@contextlib.contextmanager
+def _open(file: SourceFile) -> Iterator[IO[bytes]]:
+    if file.is_on_hub:
+        with open_hub_file(file) as content:
+            yield content
+        return
+    with open(file.name, "rb", buffering=_BUFFER_BYTES) as raw:
+        status = os.fstat(raw.fileno())
+        if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
+            raise UserError(f"{one_line(file.name)}: changed while the run was reading it; run the command again")
+        yield raw
 
 
-def _read_lines(stream: IO[bytes], piece: Piece, text_key: str, count: ReadCount) -> Iterator[Document | BadRecord]:
+def _buffered(stream: IO[bytes]) -> IO[bytes]:
+    return io.BufferedReader(stream, _BUFFER_BYTES) if isinstance(stream, io.RawIOBase) else stream
+
+
+# Lines of JSON
+
+
+def _read_lines(
+    stream: IO[bytes], piece: Piece, text_key: str, count: ReadCount, max_bytes: int
+) -> Iterator[Document | BadRecord]:
     position = piece.start
+    stop = piece.stop if piece.file.is_splittable else None  # of a file that is not, the content may be longer
     if piece.start > 0:
         stream.seek(piece.start - 1)
-        rest = stream.readline(piece.stop - piece.start + 1)  # of a line that began before the piece
-        if not rest.endswith(b"\n"):
+        passed, is_whole = _pass_line(stream, piece.stop - piece.start + 1)  # of a line that began before the piece
+        if not is_whole:
             return  # it goes on in the next piece, or ends the file
-        position += len(rest) - 1
+        position += passed - 1
     try:
-        for line in stream:
-            if piece.file.is_splittable and position >= piece.stop:
+        while stop is None or position < stop:
+            line = stream.readline(max_bytes + 1)
+            if not line:
                 break
+            size = len(line)
+            if is_large := size > max_bytes:
+                size += _pass_line(stream)[0] if not line.endswith(b"\n") else 0
             count.lines += 1
-            count.bytes += len(line)
-            if not line.isspace():
-                content = line.removeprefix(_BYTE_ORDER_MARK) if position == 0 else line
+            count.bytes += size
+            if is_large or not line.isspace():
                 try:
+                    if is_large:
+                        raise too_large(max_bytes, size)
+                    content = line.removeprefix(_BYTE_ORDER_MARK) if position == 0 else line
                     yield Document(position, checked(_parse_line(content, text_key)))
                 except BadRecordError as bad:
                     yield BadRecord(position, count.lines, *bad.args)
-            position += len(line)
+            position += size
     except DAMAGED_ERRORS as error:
         yield BadRecord(position, count.lines + 1, DAMAGED, f"{error} after this byte of its content")
 
 
-def _read_whole(stream: IO[bytes], count: ReadCount, to_text: Callable[[bytes], str]) -> Document | BadRecord:
-    try:
-        content = stream.read()
-    except DAMAGED_ERRORS as error:
-        return BadRecord(0, None, DAMAGED, str(error))
-    count.bytes += len(content)
-    try:
-        return Document(0, checked(to_text(content)))
-    except BadRecordError as bad:
-        return BadRecord(0, None, *bad.args)
-
-
-def _plain_text(content: bytes, may_be_binary: bool) -> str:
-    if may_be_binary and 0 in content[:_SNIFFED_BYTES]:
-        raise BadRecordError(BINARY, "NUL among its first bytes")
-    return decode_utf8(content.removeprefix(_BYTE_ORDER_MARK))
+def _pass_line(stream: IO[bytes], limit: int | None = None) -> tuple[int, bool]:
+    """Read to the end of the line, at most `limit` bytes; their number, and whether the line's end was found."""
+    passed = 0
+    while limit is None or passed < limit:
+        part = stream.readline(_BUFFER_BYTES if limit is None else min(_BUFFER_BYTES, limit - passed))
+        passed += len(part)
+        if part.endswith(b"\n"):
+            return passed, True
+        if not part:
+            break
+    return passed, False
 
 
 def _parse_line(line: bytes, text_key: str) -> str:
-    """The text in one line of JSON."""
+    """The text in one line of JSON, as the standard library reads it; orjson is several times faster."""
     try:
-        values: Any = json.loads(decode_utf8(line))
-    except json.JSONDecodeError as error:
-        raise BadRecordError("malformed JSON", f"{error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:
-        raise BadRecordError("malformed JSON", str(error)) from None
+        values: Any = orjson.loads(line)
+    except orjson.JSONDecodeError as error:
+        if error.msg.startswith(_DEEPEST_JSON):
+            raise BadRecordError("malformed JSON", "nested too deeply") from None
+        values = _parse_slowly(line)
     if not isinstance(values, dict):
         raise BadRecordError("wrong type", f"the line is {_json_type(values)}, not an object")
     if text_key not in values:
@@ -127,6 +164,49 @@ def _parse_line(line: bytes, text_key: str) -> str:
     return values[text_key]
 
 
+def _parse_slowly(line: bytes) -> Any:
+    """Values that orjson refuses (NaN, numbers out of range, lone surrogates), or what is wrong."""
+    try:
+        return json.loads(decode_utf8(line))
+    except json.JSONDecodeError as error:
+        raise BadRecordError("malformed JSON", f"{error.msg} at column {error.colno}") from None
+    except (ValueError, RecursionError) as error:
+        raise BadRecordError("malformed JSON", str(error)) from None
+
+
 def _json_type(value: Any) -> str:
     names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
+
+
+# Whole files
+
+
+def _read_whole(
+    stream: IO[bytes], count: ReadCount, max_bytes: int, to_text: Callable[[bytes], str], may_be_binary: bool = False
+) -> Document | BadRecord:
+    try:
+        content = stream.read(max_bytes + 1)
+    except DAMAGED_ERRORS as error:
+        return BadRecord(0, None, DAMAGED, str(error))
+    count.bytes += len(content)
+    try:
+        if len(content) > max_bytes and not (may_be_binary and _is_binary(content)):
+            raise too_large(max_bytes)
+        return Document(0, checked(to_text(content)))
+    except BadRecordError as bad:
+        return BadRecord(0, None, *bad.args)
+
+
+def _is_binary(content: bytes) -> bool:
+    return 0 in content[:_SNIFFED_BYTES]
+
+
+def _text_or_binary(content: bytes) -> str:
+    if _is_binary(content):
+        raise BadRecordError(BINARY, "NUL among its first bytes")
+    return _plain_text(content)
+
+
+def _plain_text(content: bytes) -> str:
+    return decode_utf8(content.removeprefix(_BYTE_ORDER_MARK))

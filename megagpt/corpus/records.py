@@ -6,7 +6,8 @@ in a columnar file, from 0.
 
 from dataclasses import dataclass
 
-EMPTY, BINARY, NO_FILE, DAMAGED = "empty", "binary file", "not a file", "damaged compression"
+EMPTY, BINARY, NO_FILE = "empty", "binary file", "not a file"
+DAMAGED, TOO_LARGE = "damaged compression", "too large"
 HARMLESS = frozenset({EMPTY, BINARY, NO_FILE})
 """Reasons that leave out nothing that was text: listed, but not counted as bad."""
 
@@ -46,6 +47,12 @@ class BadRecordError(Exception):
     """Carries reason and detail of a record that is not a document."""
 
 
+def too_large(limit: int, size: int | None = None) -> BadRecordError:
+    """For a record above `limit` bytes, of `size` if that is known."""
+    what = "" if size is None else f"{size:,} bytes, "
+    return BadRecordError(TOO_LARGE, f"{what}more than the {limit:,} that --max-document-mb allows")
+
+
 def decode_utf8(content: bytes) -> str:
     """The text of UTF-8. BadRecordError: it is not UTF-8."""
     try:
@@ -60,6 +67,8 @@ def checked(text: str) -> str:
         raise BadRecordError(EMPTY, "no text but whitespace")
     if "\0" in text:
         raise BadRecordError("NUL character", f"at character {text.index(chr(0))} of the text")
+    if text.isascii():
+        return text
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -6,20 +6,33 @@ uncompressed archive. Needs the `web` extra, fastwarc and resiliparse, whose tim
 the depth of nested <div>s: a page beyond a bound is a bad record.
 """
 
+import dataclasses
 import io
 import os
 import re
 from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING, Literal
 
-from megagpt.corpus.compression import DAMAGED_ERRORS
-from megagpt.corpus.records import DAMAGED, EMPTY, BadRecord, BadRecordError, Document, ReadCount, checked, decode_utf8
+from megagpt.corpus.compression import DAMAGED_ERRORS, FrameReader
+from megagpt.corpus.records import (
+    DAMAGED,
+    EMPTY,
+    BadRecord,
+    BadRecordError,
+    Document,
+    ReadCount,
+    checked,
+    decode_utf8,
+    too_large,
+)
 
 if TYPE_CHECKING:
     from fastwarc.warc import WarcRecord
 
 _MOST_NESTED_DIVS = 4096  # an eighth of a second
 _DIV = re.compile(r"<(/?)div[\s/>]", re.IGNORECASE)
+_RECORD_BEGINNING = b"WARC/"
+_LONGEST_HTTP_HEADER = 1 << 16  # that is looked at, of a record that is too large
 _HTML_TYPES = ("text/html", "application/xhtml+xml")
 
 
@@ -57,41 +70,60 @@ def _decode_html(content: bytes, charset: str | None) -> str:
     return bytes_to_str(content, encoding, errors="replace")
 
 
-def read_warc(stream: IO[bytes], count: ReadCount) -> Iterator[Document | BadRecord]:
+def read_warc(stream: IO[bytes], count: ReadCount, max_bytes: int) -> Iterator[Document | BadRecord]:
     """The pages and texts of an archive, given uncompressed; `count.bytes` grows by the bytes of their records.
 
-    Where the archive is damaged or cut short, a BadRecord with the position of the last record ends it.
+    Where the archive is damaged or cut short, there is a BadRecord with the position of the last record. It ends the
+    archive, unless a later member of one compressed with gzip begins with a record: there reading goes on, with
+    positions as if nothing were between.
     """
+    begin, is_empty = 0, True
+    while True:
+        source = _Source(stream)
+        last = begin
+        for found in _read_records(source, count, max_bytes):
+            last = begin + found.position
+            is_empty = False
+            yield dataclasses.replace(found, position=last)
+        if source.damage is None:
+            break
+        detail = f"{source.damage}, at or after the record at this byte of its content"
+        yield BadRecord(max(last, begin + source.record), None, DAMAGED, detail)
+        is_empty = False
+        begin += source.tell()
+        if not isinstance(stream, FrameReader) or not stream.skip_damage(_RECORD_BEGINNING):
+            break
+    if is_empty:
+        yield BadRecord(0, None, EMPTY, "no HTML response and no conversion record")
+
+
+def _read_records(source: "_Source", count: ReadCount, max_bytes: int) -> Iterator[Document | BadRecord]:
+    """What `read_warc` gives up to the first damage of the compression, of which `source` then knows."""
     from fastwarc.warc import ArchiveIterator, WarcRecordType
 
-    source = _Source(stream)
-    position, is_empty = 0, True
     try:
         for record in ArchiveIterator(source, parse_http=False, stream_detect=False):
-            position = record.stream_pos
+            source.record = record.stream_pos
             if not record.headers.get("Content-Length"):  # cut short in its header, which fastwarc would hide
                 raise EOFError("a record has no Content-Length")
             is_page = record.record_type == WarcRecordType.response
             if not is_page and record.record_type != WarcRecordType.conversion:
                 continue
-            block = record.reader.read()
-            if len(block) < record.content_length:
+            is_large = record.content_length > max_bytes
+            size = min(record.content_length, _LONGEST_HTTP_HEADER) if is_large else record.content_length
+            block = record.reader.read(size) if size else b""
+            if len(block) < size:
                 raise EOFError(f"the file ends {len(block)} bytes into a record of {record.content_length}")
-            found = _read_block(position, block, is_page)
+            found = _read_block(source.record, block, is_page, max_bytes, record.content_length)
             if found is not None:
                 count.bytes += len(block)
-                is_empty = False
                 yield found
     except (EOFError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the content's
             raise
         if source.damage is None:
-            yield BadRecord(position, None, "malformed WARC", f"{error}, at or after the record at this byte")
-            return
-    if source.damage is not None:
-        yield BadRecord(position, None, DAMAGED, f"{source.damage}, at or after the record at this byte of its content")
-    elif is_empty:
-        yield BadRecord(0, None, EMPTY, "no HTML response and no conversion record")
+            detail = f"{error}, at or after the record at this byte"
+            yield BadRecord(source.record, None, "malformed WARC", detail)
 
 
 class _Source:
@@ -100,6 +132,8 @@ class _Source:
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
         self._position = 0
+        self.record = 0
+        """Where the last record begins."""
         self.damage: Exception | None = None
 
     def read(self, size: int = -1) -> bytes:
@@ -121,24 +155,38 @@ class _Source:
         """Who opened the stream closes it."""
 
 
-def _read_block(position: int, block: bytes, is_page: bool) -> Document | BadRecord | None:
-    """What a record's block holds; None for what is no document."""
+def _read_block(
+    position: int, block: bytes, is_page: bool, max_bytes: int, content_length: int
+) -> Document | BadRecord | None:
+    """What a record's block holds, or if it is too large its beginning; None for what is no document."""
     try:
-        text = _page_text(block) if is_page else decode_utf8(block)
-        return None if text is None else Document(position, checked(text))
+        if is_page and not _is_html(block):
+            return None
+        if content_length > max_bytes:
+            raise too_large(max_bytes, content_length)
+        return Document(position, checked(_page_text(block, max_bytes) if is_page else decode_utf8(block)))
     except BadRecordError as bad:
         return BadRecord(position, None, *bad.args)
 
 
-def _page_text(block: bytes) -> str | None:
-    """The main text of an HTTP response; None if it is not HTML, or not of status 200."""
+def _is_html(block: bytes) -> bool:
+    """Whether an HTTP response, or its beginning, is HTML and of status 200."""
     try:
         response = _parse_http(block, "none")
-        if response.http_headers.status_code != 200 or response.http_content_type not in _HTML_TYPES:
-            return None
-        body = _parse_http(block, "all").reader.read()
+        return response.http_headers.status_code == 200 and response.http_content_type in _HTML_TYPES
     except OSError as error:
         raise BadRecordError("malformed HTTP", str(error)) from None
+
+
+def _page_text(block: bytes, max_bytes: int) -> str:
+    """The main text of an HTTP response."""
+    try:
+        response = _parse_http(block, "all")
+        body = response.reader.read(max_bytes + 1)
+    except OSError as error:
+        raise BadRecordError("malformed HTTP", str(error)) from None
+    if len(body) > max_bytes:
+        raise too_large(max_bytes)
     return main_text(body, response.http_charset)
 
 

@@ -12,11 +12,12 @@ from fastwarc.warc import WarcRecord, WarcRecordType
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megagpt.corpus.finding import find_files
 from megagpt.corpus.records import BadRecord, Document
-from megagpt.corpus.sources import find_files
 from megagpt.errors import UserError
 from tests.unit.corpus.test_columnar import outcomes
-from tests.unit.corpus.test_reading import compress, read, texts
+from tests.unit.corpus.test_compression import compress
+from tests.unit.corpus.test_reading import read, texts
 
 PAGE = """<html><head><title>Title</title><style>p {{ color: red }}</style></head><body>
 <nav><ul><li><a href="/">Home</a></li><li><a href="/about">About</a></li></ul></nav>

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tiktoken.load
 
-from megagpt.corpus.sources import find_files
+from megagpt.corpus.finding import find_files
 from megagpt.tokenizer import load_tokenizer
 from megagpt.tokenizer.training import train_bpe
 from tools.train_tokenizer import Sample

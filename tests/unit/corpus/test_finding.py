@@ -1,0 +1,114 @@
+"""Finding the input: every file once, in order, and what leads nowhere is an error that names it."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megagpt.corpus.finding import find_files
+from megagpt.corpus.plan import cut_into_chunks
+from megagpt.corpus.records import BadRecord, Document
+from megagpt.corpus.sources import SourceFile
+from megagpt.errors import UserError
+from tests.unit.corpus.test_reading import read
+
+
+def names(tmp_path: Path, *inputs: str) -> list[str]:
+    return [
+        os.path.relpath(file.name, tmp_path) for file in find_files([str(tmp_path / pattern) for pattern in inputs])
+    ]
+
+
+def test_folders_patterns_and_files_give_each_file_once_in_sorted_order(tmp_path: Path) -> None:
+    for name in ("b/2.txt", "b/c/1.jsonl", "a.txt", ".hidden/x.txt", "b/.x.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    everything = ["a.txt", "b/2.txt", "b/c/1.jsonl"]
+    assert names(tmp_path, ".") == everything
+    assert names(tmp_path, "b", "a.txt", "*.txt", "b/*.txt") == everything
+    assert names(tmp_path, "**/*.jsonl") == ["b/c/1.jsonl"]
+    assert names(tmp_path, "b") == everything[1:]
+
+
+def test_links_are_followed_and_a_link_back_up_does_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/x.txt").write_text("x")
+    (tmp_path / "a/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "a/up").symlink_to(tmp_path / "a")
+    (tmp_path / "a/own.txt").write_text("x")
+    assert names(tmp_path, "a") == ["a/link/x.txt", "a/own.txt"]
+
+
+def test_a_file_that_several_names_lead_to_is_read_once_by_the_name_that_says_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs/c0ffee").write_text("{}")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/a.jsonl").symlink_to("../blobs/c0ffee")
+    assert names(tmp_path, ".") == ["data/a.jsonl"]
+    (tmp_path / "link").symlink_to("data")
+    assert names(tmp_path, "data", "./data/", "link/../data", "link/*") == ["link/a.jsonl"]
+
+
+def test_a_path_through_a_link_and_back_leads_where_the_system_says(tmp_path: Path) -> None:
+    for name in ("a/inner", "b"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "b/x.txt").write_text("wrong")
+    (tmp_path / "a/x.txt").write_text("right")
+    (tmp_path / "b/link").symlink_to("../a/inner")
+    (file,) = find_files([f"{tmp_path}/b/link/../x.txt"])
+    assert Path(file.name).read_text() == "right"
+
+
+def test_what_is_no_file_in_a_folder_is_listed_and_stops_nothing(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "dangling").symlink_to("nothing")
+    (tmp_path / "round").symlink_to("round")
+    (tmp_path / "x.txt").write_text("x")
+    found = read(tmp_path)
+    assert [record.reason for record in found if isinstance(record, BadRecord)] == ["not a file"] * 3
+    assert [record.text for record in found if isinstance(record, Document)] == ["x"]
+
+
+def test_messages_stay_on_one_line_whatever_the_name_of_the_file(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        find_files([f"{tmp_path}/a\nb.txt"])
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_with_characters_of_patterns_is_a_file_if_there_is_one(tmp_path: Path) -> None:
+    (tmp_path / "a[1].txt").write_text("x")
+    assert names(tmp_path, "a[1].txt") == ["a[1].txt"]
+
+
+def test_inputs_that_lead_nowhere_are_errors_that_name_them(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    for name, message in (
+        ("no.txt", "no such file"),
+        ("*.csv", "no such file, folder or match"),
+        ("empty", "holds no files"),
+        ("pipe", "not a regular file"),
+        ("dangling", "cannot be read: No such file"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            find_files([str(tmp_path / name)])
+        assert str(tmp_path / name) in str(caught.value)
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from([".jsonl", ".txt", ".jsonl.gz"]), st.integers(0, 50)), max_size=10),
+    st.integers(1, 60),
+)
+def test_chunks_cover_every_file_once_and_in_order(files: list[tuple[str, int]], chunk_bytes: int) -> None:
+    sources = [SourceFile(f"{i}{suffix}", size, 0, False) for i, (suffix, size) in enumerate(files)]
+    pieces = [piece for chunk in cut_into_chunks(sources, chunk_bytes) for piece in chunk.pieces]
+    for index, source in enumerate(sources):
+        own = [piece for piece in pieces if piece.file_index == index]
+        assert [piece.start for piece in own] == [0, *(piece.stop for piece in own[:-1])]
+        assert own[-1].stop == source.size
+        assert len(own) == 1 or source.is_splittable
+    assert [piece.file_index for piece in pieces] == sorted(piece.file_index for piece in pieces)
