@@ -8,6 +8,7 @@ disagree on what is a letter among the newest characters only.
 """
 
 import contextlib
+import functools
 import importlib.metadata
 import random
 import tempfile
@@ -34,7 +35,8 @@ RANDOM_TEXTS = 3000
 
 _SCHEMES = {"gpt2": "gpt2", "r50k_base": "gpt2", "p50k_base": "gpt2", "cl100k_base": "gpt4", "o200k_base": "o200k"}
 """gigatoken's names of the patterns by which text is split into words; that of own BPEs is GPT-2's."""
-_PRIVATE_PLANES = 0xF0000
+_PLANES = (range(0x40000), range(0xE0000, 0xF0000))
+"""Code points, but for the planes that are empty and the private ones."""
 _CHARACTERS_AT_ONCE = 256
 
 
@@ -152,9 +154,11 @@ def _proven(tokenizer: Tokenizer) -> _Gigatoken:
     return fast
 
 
+@functools.cache
 def known_characters() -> npt.NDArray[np.int64]:
     """The code points of which Python's Unicode tables know the class, but those of the last two, private planes."""
-    points = (point for point in range(_PRIVATE_PLANES) if unicodedata.category(chr(point)) not in ("Cn", "Cs"))
+    category = unicodedata.category
+    points = (point for plane in _PLANES for point in plane if category(chr(point)) not in ("Cn", "Cs"))
     return np.fromiter(points, np.int64)
 
 
