@@ -15,6 +15,7 @@ from megagpt.tokenizer import Tokenizer, load_tokenizer
 from megagpt.tokenizer.fast import DocumentEncoder, known_characters
 from megagpt.tokenizer.ranks import write_rank_file
 from megagpt.tokenizer.training import train_bpe
+from tests.unit.tokenizer.test_tokenizer import with_pattern_of
 
 GPT2 = load_tokenizer("gpt2")
 NEWEST = "\u088f"  # a letter since Unicode 17
@@ -113,6 +114,17 @@ def test_own_vocabularies_get_the_ids_of_tiktoken(tmp_path: Path, vocab_size: in
     assert encoder.backend == "gigatoken"
     for text in (source, "größer 中文 'tis\r\n  x", "<|endoftext|>", "aaaa" * 100):
         assert encoder.encode(text).tolist() == reference(text, tokenizer)
+
+
+@pytest.mark.parametrize("name", ["cl100k_base", "o200k_base"])
+def test_the_patterns_of_the_larger_vocabularies_split_alike(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = with_pattern_of(name, monkeypatch)  # with a small vocabulary, as theirs may not be here
+    encoder = DocumentEncoder(tokenizer, "gigatoken")  # after the whole proof
+    for text in ("HTTPServer's12345 67\r\n\n x", "I'LL  don'T…ǅa", "Ⅷ٣٤ é\u0301E"):
+        assert encoder.encode(text).tolist() == reference(text, tokenizer)
+    monkeypatch.setitem(module._SCHEMES, name, "gpt2")
+    with pytest.raises(UserError, match="in another way than tiktoken"):
+        DocumentEncoder(tokenizer, "gigatoken")
 
 
 @pytest.mark.usefixtures("short_proof")
