@@ -5,6 +5,7 @@ equal. Every function gives the same value on every machine: splits, shuffles an
 """
 
 import functools
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -48,40 +49,57 @@ def mix64(values: npt.ArrayLike) -> UInt64:
 def shingle_hashes(words: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint32]:
     """32-bit hash of every run of `size` words of a text with collapsed whitespace (max(1, words - size + 1)).
 
-    The hash of a run, with single spaces between its words as bytes b, is the upper half of
-    mix64(sum of (b[i] + 1) * radix^i modulo 2^64). Prefix sums give it for all runs at once: a run's sum is the
-    difference of two of them, divided by the power that the run begins with. A text of fewer words is one run;
-    an empty text has none.
+    The upper half of `run_hashes`. A text of fewer words is one run; an empty text has none.
     """
-    if not words.size:
-        return np.empty(0, np.uint32)
-    begin_sums, end_sums, inverses = _word_sums(words)
-    runs = max(1, begin_sums.size - size + 1)
-    last = min(size, begin_sums.size) - 1
-    sums = (end_sums[last:] - begin_sums[:runs]) * inverses[:runs]
-    return (mix64(sums) >> np.uint64(32)).astype(np.uint32)
+    return (run_hashes(words, size) >> np.uint64(32)).astype(np.uint32)
 
 
-def _word_sums(words: npt.NDArray[np.uint8]) -> tuple[UInt64, UInt64, UInt64]:
-    """For each word the sum before its first byte, the sum after its last, and 1 / radix^(its first position)."""
-    powers, inverse_powers = _powers(_RADIX), _powers(pow(_RADIX, -1, 1 << 64))
-    begins, ends = [np.zeros(1, np.uint64)], []
-    inverses = [np.ones(1, np.uint64)]
-    total = 0  # of all blocks before this one
-    for start in range(0, words.size, _BLOCK):
-        block = words[start : start + _BLOCK]
-        sums = np.zeros(block.size + 1, np.uint64)  # sums[i]: of the block's bytes before block[i], without its scale
-        np.multiply(block.astype(np.uint64) + np.uint64(1), powers[: block.size], out=sums[1:])
-        np.cumsum(sums, out=sums)
-        scale = pow(_RADIX, start, 1 << 64)
-        inverse_scale = pow(_RADIX, -(start + 1), 1 << 64)  # a word begins one byte after its space
-        spaces = np.flatnonzero(block == _SPACE)
-        ends.append(np.uint64(total) + np.uint64(scale) * sums[spaces])
-        begins.append(np.uint64(total) + np.uint64(scale) * sums[spaces + 1])
-        inverses.append(np.uint64(inverse_scale) * inverse_powers[spaces])
-        total = (total + scale * int(sums[-1])) % (1 << 64)
-    ends.append(np.array([total], np.uint64))
-    return np.concatenate(begins), np.concatenate(ends), np.concatenate(inverses)
+def run_hashes(words: npt.NDArray[np.uint8], size: int) -> UInt64:
+    """64-bit hash of every run of `size` words of a text with collapsed whitespace (max(1, words - size + 1)).
+
+    The hash of a run, with single spaces between its words as bytes b, is mix64(sum of (b[i] + 1) * radix^i modulo
+    2^64). A text of fewer words is one run; an empty text has none.
+    """
+    return mix64(WordSums.of(words).runs(size)) if words.size else np.empty(0, np.uint64)
+
+
+class WordSums(NamedTuple):
+    """Prefix sums of (b[i] + 1) * radix^i over the bytes of a text, at its words: they give sums over runs of words."""
+
+    begins: UInt64
+    """The sum before each word's first byte (words)."""
+    ends: UInt64
+    """The sum after each word's last byte (words)."""
+    inverses: UInt64
+    """1 / radix^(position of each word's first byte) (words)."""
+
+    def runs(self, size: int) -> UInt64:
+        """The sum of every run of `size` words, as if the text began with it; a text of fewer words is one run."""
+        runs = max(1, self.begins.size - size + 1)
+        last = min(size, self.begins.size) - 1
+        return (self.ends[last:] - self.begins[:runs]) * self.inverses[:runs]
+
+    @classmethod
+    def of(cls, words: npt.NDArray[np.uint8]) -> "WordSums":
+        """Those of a text with collapsed whitespace that is not empty."""
+        powers, inverse_powers = _powers(_RADIX), _powers(pow(_RADIX, -1, 1 << 64))
+        begins, ends = [np.zeros(1, np.uint64)], []
+        inverses = [np.ones(1, np.uint64)]
+        total = 0  # of all blocks before this one
+        for start in range(0, words.size, _BLOCK):
+            block = words[start : start + _BLOCK]
+            sums = np.zeros(block.size + 1, np.uint64)  # sums[i]: of the block's bytes before block[i], not yet scaled
+            np.multiply(block.astype(np.uint64) + np.uint64(1), powers[: block.size], out=sums[1:])
+            np.cumsum(sums, out=sums)
+            scale = pow(_RADIX, start, 1 << 64)
+            inverse_scale = pow(_RADIX, -(start + 1), 1 << 64)  # a word begins one byte after its space
+            spaces = np.flatnonzero(block == _SPACE)
+            ends.append(np.uint64(total) + np.uint64(scale) * sums[spaces])
+            begins.append(np.uint64(total) + np.uint64(scale) * sums[spaces + 1])
+            inverses.append(np.uint64(inverse_scale) * inverse_powers[spaces])
+            total = (total + scale * int(sums[-1])) % (1 << 64)
+        ends.append(np.array([total], np.uint64))
+        return cls(np.concatenate(begins), np.concatenate(ends), np.concatenate(inverses))
 
 
 @functools.cache

@@ -1,10 +1,13 @@
 """What is done to the text of one document, whatever the others are, before documents are compared."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from megagpt.corpus.clean import clean
-from megagpt.corpus.config import CleanConfig
-from megagpt.corpus.reasons import EMPTY, Reason
+from megagpt.corpus.config import CleanConfig, DecontaminateConfig, FilterConfig
+from megagpt.corpus.decontaminate import open_index
+from megagpt.corpus.filters import first_failure
+from megagpt.corpus.reasons import CONTAMINATED, EMPTY, Reason
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,8 @@ class Screened:
     """Why the document is removed; None: it stays."""
     detail: str = ""
     """What exactly, for the lists."""
+    contamination: str = ""
+    """What a document that stays shares with evaluation data; empty: nothing."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +29,25 @@ class Screening:
     """The settings of a run; calling it screens one document."""
 
     clean: CleanConfig
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    decontaminate: DecontaminateConfig = field(default_factory=DecontaminateConfig)
+    evaluation: Path | None = None
+    """Result of the stage `evaluation`; None: there are no evaluation files."""
 
     def __call__(self, text: str) -> Screened:
         """Clean the text, and find out whether the document stays."""
         if self.clean.enabled:
-            text = clean(text, self.clean.repair_encoding)
+            text = clean(text, self.clean)
         if not text:
             return Screened(text, EMPTY)
-        return Screened(text)
+        if self.filter.enabled and (failure := first_failure(text, self.filter)):
+            return Screened(text, *failure)
+        shared = self._contamination(text)
+        if shared and self.decontaminate.action == "drop":
+            return Screened(text, CONTAMINATED, shared)
+        return Screened(text, contamination=shared)
+
+    def _contamination(self, text: str) -> str:
+        if self.evaluation is None:
+            return ""
+        return open_index(self.evaluation, self.decontaminate.ngram_words).find(text) or ""

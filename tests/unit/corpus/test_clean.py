@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megagpt.corpus.clean import clean
+from megagpt.corpus.config import CleanConfig
 
+NO_REPAIR = CleanConfig(repair_encoding=False)
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
 
 
@@ -47,7 +49,7 @@ def test_each_kind_of_damage_is_repaired_and_nothing_else(text: str, expected: s
 
 
 def test_without_repair_wrongly_decoded_text_stays() -> None:
-    assert clean("cafÃ© au lait", repair_encoding=False) == "cafÃ© au lait"
+    assert clean("cafÃ© au lait", NO_REPAIR) == "cafÃ© au lait"
 
 
 @given(TEXT)
@@ -61,19 +63,19 @@ def test_cleaned_text_is_normal_and_has_no_control_characters_or_spaces_at_line_
 
 
 def test_without_repair_the_next_line_character_breaks_lines_and_other_c1_controls_go() -> None:
-    assert clean("a\x85b\x92c", repair_encoding=False) == "a\nbc"
+    assert clean("a\x85b\x92c", NO_REPAIR) == "a\nbc"
 
 
 @given(st.text(st.characters(exclude_categories=["C"]) | st.sampled_from(" \t\n\r\f"), max_size=200))
 def test_without_repair_every_visible_character_stays_in_order(text: str) -> None:
-    cleaned = clean(text, repair_encoding=False)
+    cleaned = clean(text, NO_REPAIR)
     assert "".join(cleaned.split()) == "".join(unicodedata.normalize("NFC", text).split())
 
 
 @given(TEXT)
 def test_cleaning_clean_text_again_changes_nothing(text: str) -> None:
-    once = clean(text, repair_encoding=False)
-    assert clean(once, repair_encoding=False) == once
+    once = clean(text, NO_REPAIR)
+    assert clean(once, NO_REPAIR) == once
 
 
 @settings(max_examples=200)
