@@ -144,7 +144,7 @@ def _sizes(runs: Sequence[Run], folder: Path) -> tuple[int, list[tuple[int, int]
         elif size:
             close()
         clusters += survivors.size - int(survivors[0] == survivor)
-        keep = np.argsort(sizes[:-1], kind="stable")[-_LARGEST:]
+        keep = np.lexsort((-survivors[:-1].astype(np.int64), sizes[:-1]))[-_LARGEST:]  # of equal ones, the first
         for index in keep.tolist():
             survivor, size = int(survivors[index]), int(sizes[index])
             close()

@@ -54,7 +54,7 @@ class ExactTask:
         return f"hashes {self.keys.index + 1}/{self.keys.count}"
 
     def run(self, folder: Path) -> Receipt:
-        """See the module; counts duplicates."""
+        """See the module; counts documents and duplicates."""
         runs = [Run.of(part.folder / "hashes.bin", HASHED, part.first) for part in self.documents.parts]
         runs = [run.between("high", self.keys.low, self.keys.high) for run in runs]
         duplicates = 0
@@ -72,4 +72,4 @@ class ExactTask:
                 writer.add(pairs)
                 duplicates += pairs.size
                 last = block[first[-1:]]
-        return {"duplicates": duplicates}
+        return {"documents": sum(map(len, runs)), "duplicates": duplicates}

@@ -46,6 +46,8 @@ class Progress:
     """Tasks finished by an earlier run."""
     counts: Receipt
     """Sums of the receipts of the finished tasks."""
+    new: Receipt
+    """The same of the tasks that this run finished."""
 
 
 Observer = Callable[[Progress], None]
@@ -74,6 +76,8 @@ class StageResult:
     receipts: list[Receipt]
     reused: int
     """Tasks finished by an earlier run."""
+    new: Receipt
+    """Sums of the receipts of the tasks that this run finished."""
 
     def total(self, name: str) -> int:
         """The sum of one count of the receipts, of which some may lack it."""
@@ -90,9 +94,10 @@ def run_stage(pool: Pool, folder: Path, tasks: Sequence[Task], observe: Observer
     missing = iter([number for number in range(len(tasks)) if number not in receipts])
     reused = len(receipts)
     counts: Counter[str] = Counter()
+    new: Counter[str] = Counter()
     for receipt in receipts.values():
         counts.update(receipt)
-    observe(Progress(folder.name, len(tasks), reused, reused, dict(counts)))
+    observe(Progress(folder.name, len(tasks), reused, reused, dict(counts), {}))
     running: dict[Future[Receipt], int] = {}
     try:
         while len(receipts) < len(tasks):
@@ -104,11 +109,12 @@ def run_stage(pool: Pool, folder: Path, tasks: Sequence[Task], observe: Observer
                 receipt = future.result()
                 receipts[running.pop(future)] = receipt
                 counts.update(receipt)
-            observe(Progress(folder.name, len(tasks), len(receipts), reused, dict(counts)))
+                new.update(receipt)
+            observe(Progress(folder.name, len(tasks), len(receipts), reused, dict(counts), dict(new)))
     except BrokenExecutor:
         at_work = [(targets[number], tasks[number]) for number in running.values()]
         raise UserError(f"stage {folder.name}{_death_notice(pool, at_work)}") from None
-    return StageResult(targets, [receipts[number] for number in range(len(tasks))], reused)
+    return StageResult(targets, [receipts[number] for number in range(len(tasks))], reused, dict(new))
 
 
 def _run_task(target: Path, task: Task) -> Receipt:

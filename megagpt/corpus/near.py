@@ -116,7 +116,7 @@ class BandTask:
         return f"band {self.band}, keys {self.range.index + 1}/{self.range.count}"
 
     def run(self, folder: Path) -> Receipt:
-        """See the class; counts candidates and edges."""
+        """See the class; counts candidates, edges, and each document as its share of the bands."""
         runs = []
         for part in self.documents.parts:
             run = Run.of(self.keys[part.number] / _band_name(self.band), KEY, part.first)
@@ -129,7 +129,8 @@ class BandTask:
                     found = stars.edges(block["key"][start:][:_MEMBER_BLOCK], block["number"][start:][:_MEMBER_BLOCK])
                     writer.add(found)
                     edges += found.size
-        return {"candidates": stars.candidates, "edges": edges}
+        documents = sum(map(len, runs)) / self.dedup.banding[0]
+        return {"documents": documents, "candidates": stars.candidates, "edges": edges}
 
     def _similar(self, numbers: Numbers) -> Verify:
         """The way to verify pairs of some documents."""

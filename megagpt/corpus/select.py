@@ -52,12 +52,12 @@ class SelectTask:
         return str(self.part)
 
     def run(self, folder: Path) -> Receipt:
-        """See the module; counts kept documents, also by number of split, and documents and bytes of each reason."""
+        """See the module; counts documents, kept ones (also by number of split), documents and bytes of each reason."""
         rows = map_array(self.part.folder / "documents.bin", DOCUMENT)
         decisions = self._decide()
         write_array(folder / "decisions.bin", decisions)
         kept = decisions["removed_by"] == 0
-        receipt: Receipt = {"kept": int(np.count_nonzero(kept))}
+        receipt: Receipt = {"documents": self.part.count, "kept": int(np.count_nonzero(kept))}
         splits = split_of(draws(rows["low"][kept], self.seed), self.bounds)
         for split, count in enumerate(np.bincount(splits, minlength=len(self.bounds) + 1).tolist()):
             receipt[f"split {split}"] = count
@@ -100,15 +100,17 @@ class SelectTask:
                 examples[reason.key].append(
                     {
                         "id": self.documents.id(number),
-                        "detail": f"similarity {decisions['similarity'][place]:.2f} to {self.documents.id(survivor)}",
-                        "text": _beginning(self.documents.text(number)),
-                        "survivor_text": _beginning(self.documents.text(survivor)),
+                        "detail": f"similarity {decisions['similarity'][place]:.2f}",
+                        "text": beginning(self.documents.text(number)),
+                        "survivor": self.documents.id(survivor),
+                        "survivor_text": beginning(self.documents.text(survivor)),
                     }
                 )
         return examples
 
 
-def _beginning(text: bytes) -> str:
+def beginning(text: bytes) -> str:
+    """The first characters of a text in UTF-8, for a person."""
     return text[: 4 * EXAMPLE_CHARACTERS].decode(errors="ignore")[:EXAMPLE_CHARACTERS]
 
 
