@@ -45,6 +45,7 @@ _KINDS_WITH_KEYS = ("jsonl", "parquet", "arrow")
 _SPACES = b"\x1c\x1d\x1e\x1f"  # of str, but not of bytes
 _LOWER = bytes.maketrans(string.ascii_uppercase.encode() + _SPACES, string.ascii_lowercase.encode() + b" " * 4)
 _NO_WORD = bytes(c for c in range(128) if not chr(c).isalnum() and not chr(c).isspace())
+_UNICODE_SPACE = re.compile(r"[^\S \t\n\r\v\f]")
 _NO_WORD_CHARACTER = re.compile(r"[^\w\s]|_")
 
 
@@ -133,8 +134,10 @@ class EvaluationIndex:
         shared = np.flatnonzero(self._hashes[places] == runs[likely])
         if not shared.size:
             return None
-        first = likely[shared[0]]
-        run = b" ".join(words.tobytes().split(b" ")[first : first + self._ngram_words]).decode()
+        first = int(likely[shared[0]])
+        bounds = np.concatenate(([-1], np.flatnonzero(words == ord(" ")), [words.size]))  # before and after each word
+        last = min(first + self._ngram_words, bounds.size - 1)
+        run = words[bounds[first] + 1 : bounds[last]].tobytes().decode()
         file, position = self._documents[self._owners[places[shared[0]]]].item()
         return f'"{run[:_QUOTED_CHARACTERS]}" is in {one_line(self._names[file])}:{position}'
 
@@ -150,7 +153,7 @@ def normalized_words(text: str) -> npt.NDArray[np.uint8]:
     if text.isascii():  # the same in a tenth of the time
         return collapse_whitespace(text.encode().translate(_LOWER, _NO_WORD))
     text = _NO_WORD_CHARACTER.sub("", unicodedata.normalize("NFKC", text).lower())
-    return collapse_whitespace(" ".join(text.split()).encode())
+    return collapse_whitespace(_UNICODE_SPACE.sub(" ", text).encode())
 
 
 def _bitmap(hashes: UInt64) -> npt.NDArray[np.uint8]:

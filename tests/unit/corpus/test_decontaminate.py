@@ -83,6 +83,16 @@ def test_a_question_in_the_middle_of_a_page_is_found_however_it_is_punctuated(tm
     assert index.find("") is None
 
 
+def test_the_bitmap_only_saves_work(tmp_path: Path) -> None:
+    path = tmp_path / "exam.txt"
+    path.write_text("alpha beta")
+    index_of(tmp_path / "index", [str(path)], 2)
+    (tmp_path / "index" / "bits.bin").write_bytes(b"\xff" * (tmp_path / "index" / "bits.bin").stat().st_size)
+    index = EvaluationIndex(tmp_path / "index", 2)
+    assert [text for text in (f"word {n}" for n in range(100)) if index.find(text)] == []  # smaller and larger hashes
+    assert index.find("word alpha beta") == f'"alpha beta" is in {path}:0'
+
+
 def test_an_evaluation_document_of_fewer_words_matches_only_its_equal(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "short.jsonl", ["What is two and two?", "Paris"])
     index = index_of(tmp_path / "index", [str(path)])
