@@ -62,7 +62,7 @@ def corpus(
     parts: Annotated[str, typer.Option(help=f"What to measure, separated by commas: {', '.join(PARTS)}.")] = ",".join(
         PARTS
     ),
-    megabytes: Annotated[float, typer.Option(min=0.1, help="Generated text of a measurement, in MB.")] = 100,
+    megabytes: Annotated[float, typer.Option(min=0.1, help="Generated text of a measurement, in MB.")] = 300,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes. [default: one for each CPU]")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Times that everything is measured; medians count.")] = 3,
     filters: Annotated[
