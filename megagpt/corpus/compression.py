@@ -6,8 +6,8 @@ All that precedes the damage is given first, and no more than a few MiB is held,
 import bz2
 import io
 import lzma
-import os
 import zlib
+from collections import deque
 from collections.abc import Callable
 from typing import IO, Any, Protocol, cast
 
@@ -21,6 +21,7 @@ DAMAGED_ERRORS = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 _READ_BYTES = 1 << 16  # compressed, at once
 _MOST_CONTENT = 1 << 18  # of one call of a decompressor
 _ZSTD_BYTES = 1 << 11  # zstandard has no bound for the content of a call; from these at most 64 MiB can come
+_FRAMES_REMEMBERED = 1 << 12  # more than a reader may be ahead of the record that it gives
 _GZIP_MAGIC = b"\x1f\x8b\x08"
 
 
@@ -130,6 +131,10 @@ class FrameReader(io.RawIOBase):
         self._new_frame = new_frame
         self._content = memoryview(b"")
         self._data = b""  # read, and not yet given to a frame
+        self._offset = 0  # of the content, of what is given next
+        self._starts: deque[tuple[int, int]] = deque(
+            maxlen=_FRAMES_REMEMBERED
+        )  # of frames: in the content, in the file
         self._begin_frame(0)
 
     def _begin_frame(self, offset: int) -> None:
@@ -160,6 +165,7 @@ class FrameReader(io.RawIOBase):
             self._decompress(block)
         size = min(len(buffer), len(self._content))
         buffer[:size], self._content = self._content[:size], self._content[size:]
+        self._offset += size
         return size
 
     def _next_block(self) -> bytes:
@@ -171,6 +177,7 @@ class FrameReader(io.RawIOBase):
             begin = block.lstrip(b"\0")  # padding between frames, as xz allows
             self._start += len(block) - len(begin)
             if begin:
+                self._starts.append((self._offset, self._start))
                 return begin
 
     def _decompress(self, block: bytes) -> None:
@@ -209,32 +216,40 @@ class FrameReader(io.RawIOBase):
         self._given, self._safe_fed, self._repeated = given, safe, given - passed
         self._bytes_at_once = 1
 
-    def skip_damage(self, beginning: bytes) -> bool:
-        """After an error, go on at the next gzip member whose content has this beginning; whether there is one."""
+    def skip_damage(self, beginning: bytes, offset: int) -> int | None:
+        """Go on at the next gzip member with this beginning of its content, after the one of the content's `offset`.
+
+        Returns the offset of its content; after damage, that is as if nothing had been between. None: there is none.
+        """
         if self._new_frame is not _GzipFrame:
-            return False
-        offset = self._start + 1
-        self._raw.seek(offset)
-        window = self._raw.read(_READ_BYTES)
-        while len(window) >= len(_GZIP_MAGIC):
-            place = window.find(_GZIP_MAGIC)
-            if place < 0:
-                offset += len(window) - len(_GZIP_MAGIC) + 1
-            elif self._begins_with(offset + place, beginning):
-                self._raw.seek(offset + place)
-                self._data, self._content = b"", memoryview(b"")
-                self._begin_frame(offset + place)
-                return True
+            return None
+        start = max((start for content, start in self._starts if content <= offset), default=self._start)
+        place = start + 1
+        while len(window := self._window(place)) > len(_GZIP_MAGIC):
+            found = window.find(_GZIP_MAGIC)
+            if found < 0:
+                place += len(window) - len(_GZIP_MAGIC) + 1
+            elif self._begins_with(place + found, beginning):
+                self._go_to(place + found)
+                return self._offset
             else:
-                offset += place + 1
-            self._raw.seek(offset)
-            window = self._raw.read(_READ_BYTES)
-        return False
+                place += found + 1
+        return None
+
+    def _window(self, place: int) -> bytes:
+        self._raw.seek(place)
+        return self._raw.read(_READ_BYTES)
+
+    def _go_to(self, start: int) -> None:
+        self._offset = next((content for content, known in self._starts if known == start), self._offset)
+        self._starts = deque([pair for pair in self._starts if pair[1] < start], self._starts.maxlen)
+        self._raw.seek(start)
+        self._data, self._content = b"", memoryview(b"")
+        self._begin_frame(start)
 
     def _begins_with(self, offset: int, beginning: bytes) -> bool:
-        self._raw.seek(offset, os.SEEK_SET)
         member = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
         try:
-            return member.decompress(self._raw.read(_READ_BYTES), len(beginning)) == beginning
+            return member.decompress(self._window(offset), len(beginning)) == beginning
         except zlib.error:
             return False

@@ -7,6 +7,7 @@ tried a few times; then the run ends, and can be continued.
 """
 
 import contextlib
+import dataclasses
 import io
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,12 +46,20 @@ def hub_files(name: str, format: Format) -> list[SourceFile]:
     commit = _newest_commit(where, dataset)
     with _hub_errors(where, dataset):
         module, urls = _data_files(where, dataset, commit, choice)
-        if format == "auto":
-            if module not in _FORMAT_OF_MODULE:
-                kinds = ", ".join(_FORMAT_OF_MODULE)
-                raise UserError(f"{where}: its files are of the kind {module}; only {kinds} can be read as text")
-            format = _FORMAT_OF_MODULE[module]
-        return [_describe(where, url, format) for url in urls]
+        files = [_describe(where, url, format) for url in urls]
+    if format != "auto":
+        return files
+    return [_with_known_kind(where, file, module) for file in files]
+
+
+def _with_known_kind(where: str, file: SourceFile, module: str) -> SourceFile:
+    """The file, read as its name tells, or, if that tells nothing, as `module` of `datasets` would read it."""
+    if file.kind != "text":  # the module is the same for all configurations, which may be of several kinds
+        return file
+    if module not in _FORMAT_OF_MODULE:
+        kinds = ", ".join(_FORMAT_OF_MODULE)
+        raise UserError(f"{where}: its files are of the kind {module}; only {kinds} can be read as text")
+    return dataclasses.replace(file, format=_FORMAT_OF_MODULE[module])
 
 
 def _newest_commit(where: str, dataset: str) -> str:

@@ -6,7 +6,6 @@ uncompressed archive. Needs the `web` extra, fastwarc and resiliparse, whose tim
 the depth of nested <div>s: a page beyond a bound is a bad record.
 """
 
-import dataclasses
 import io
 import os
 import re
@@ -74,36 +73,35 @@ def read_warc(stream: IO[bytes], count: ReadCount, max_bytes: int) -> Iterator[D
     """The pages and texts of an archive, given uncompressed; `count.bytes` grows by the bytes of their records.
 
     Where the archive is damaged or cut short, there is a BadRecord with the position of the last record. It ends the
-    archive, unless a later member of one compressed with gzip begins with a record: there reading goes on, with
-    positions as if nothing were between.
+    archive, unless that is compressed with gzip and a later member of it begins with a record: there reading goes on.
+    Positions then are as if what could not be decompressed had not been there.
     """
     begin, is_empty = 0, True
     while True:
-        source = _Source(stream)
-        last = begin
+        source = _Source(stream, begin)
         for found in _read_records(source, count, max_bytes):
-            last = begin + found.position
             is_empty = False
-            yield dataclasses.replace(found, position=last)
-        if source.damage is None:
+            yield found
+        if source.problem is None:
             break
-        detail = f"{source.damage}, at or after the record at this byte of its content"
-        yield BadRecord(max(last, begin + source.record), None, DAMAGED, detail)
+        reason, detail = source.problem
         is_empty = False
-        begin += source.tell()
-        if not isinstance(stream, FrameReader) or not stream.skip_damage(_RECORD_BEGINNING):
+        yield BadRecord(source.record, None, reason, f"{detail}, at or after the record at this byte of its content")
+        offset = stream.skip_damage(_RECORD_BEGINNING, source.record) if isinstance(stream, FrameReader) else None
+        if offset is None:
             break
+        begin = offset
     if is_empty:
         yield BadRecord(0, None, EMPTY, "no HTML response and no conversion record")
 
 
 def _read_records(source: "_Source", count: ReadCount, max_bytes: int) -> Iterator[Document | BadRecord]:
-    """What `read_warc` gives up to the first damage of the compression, of which `source` then knows."""
+    """What `read_warc` gives up to the first damage, of which `source` then knows."""
     from fastwarc.warc import ArchiveIterator, WarcRecordType
 
     try:
         for record in ArchiveIterator(source, parse_http=False, stream_detect=False):
-            source.record = record.stream_pos
+            source.record = source.begin + record.stream_pos
             if not record.headers.get("Content-Length"):  # cut short in its header, which fastwarc would hide
                 raise EOFError("a record has no Content-Length")
             is_page = record.record_type == WarcRecordType.response
@@ -121,26 +119,27 @@ def _read_records(source: "_Source", count: ReadCount, max_bytes: int) -> Iterat
     except (EOFError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the content's
             raise
-        if source.damage is None:
-            detail = f"{error}, at or after the record at this byte"
-            yield BadRecord(source.record, None, "malformed WARC", detail)
+        source.problem = source.problem or ("malformed WARC", str(error))
 
 
 class _Source:
     """A stream as fastwarc wants it. It ends at damage, which fastwarc would hide, and remembers that."""
 
-    def __init__(self, stream: IO[bytes]) -> None:
+    def __init__(self, stream: IO[bytes], begin: int) -> None:
         self._stream = stream
         self._position = 0
-        self.record = 0
-        """Where the last record begins."""
-        self.damage: Exception | None = None
+        self.begin = begin
+        """Offset of the first byte in the archive."""
+        self.record = begin
+        """Offset of the last record in the archive."""
+        self.problem: tuple[str, str] | None = None
+        """Reason and detail of what ended it."""
 
     def read(self, size: int = -1) -> bytes:
         try:
             content = self._stream.read(size)
         except DAMAGED_ERRORS as error:
-            self.damage = error
+            self.problem = DAMAGED, str(error)
             return b""
         self._position += len(content)
         return content
