@@ -216,6 +216,8 @@ class ExecutionConfig(Section):
     """Processes on this machine; null: one for each CPU that this process may use."""
     work_dir: str | None = None
     """Folder for intermediate files, about the size of the text; null: OUTPUT.work. Removed after success."""
+    keep_work: bool = False
+    """Whether the intermediate files stay after success, too."""
     chunk_mb: float | None = Field(None, gt=0)
     """Input a task reads, in MiB; null: by the size of the input, 1 to 64."""
     tokenizer_backend: Literal["auto", "tiktoken", "gigatoken"] = "auto"

@@ -20,7 +20,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
 
-from megagpt.corpus.workspace import Receipt, disk_error, is_being_written, read_receipt, write_folder
+from megagpt.corpus.workspace import Receipt, disk_error, is_being_written, last_position, read_receipt, write_folder
 from megagpt.errors import UserError
 
 _SECONDS_BETWEEN_CHECKS = 1.0
@@ -145,9 +145,9 @@ class LocalPool:
 
     def __enter__(self) -> "LocalPool":
         context = multiprocessing.get_context("forkserver")  # fork is unsafe once the parent has threads
-        context.set_forkserver_preload(["__main__", "megagpt.corpus.pipeline"])
-        resource_tracker.ensure_running()  # before the signal is blocked, which it would undo
-        with _hidden_from_children(signal.SIGINT):
+        context.set_forkserver_preload(["__main__", "megagpt.corpus.pipeline", "datasketch"])
+        resource_tracker.ensure_running()  # before the signals are blocked, which it would undo
+        with _hidden_from_children(signal.SIGINT, signal.SIGHUP):  # which a terminal sends to all its processes
             forkserver.ensure_running()
         self._executor = ProcessPoolExecutor(self.workers, context, _prepare_worker)
         return self
@@ -159,7 +159,7 @@ class LocalPool:
 
     def submit(self, function: Callable[..., Receipt], *arguments: Any) -> "Future[Receipt]":
         """Let a worker call `function`."""
-        with _deferred(signal.SIGINT, signal.SIGTERM):  # a worker that is half started could not be ended
+        with _deferred(signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a half started worker could not be ended
             future = self._executor.submit(function, *arguments)
             self._processes.update(set(multiprocessing.active_children()) - self._not_ours)
         return future
@@ -171,10 +171,13 @@ class LocalPool:
 
     def dead_workers(self) -> dict[int, int]:
         """Process id and exit code of the workers that ended by themselves; all others are ended."""
+        sentinels = wait_for_sentinels([process.sentinel for process in self._processes], 0)
+        ended = [process for process in self._processes if process.sentinel in sentinels]
         for process in self._processes:
-            process.terminate()
+            process.kill()  # and not terminate, which a stopped worker would not notice
         self._executor.shutdown(cancel_futures=True)
-        codes = {process.pid: process.exitcode for process in self._processes}
+        codes = {process.pid: process.exitcode for process in ended}
+        # SIGTERM: by the executor, which ends all others when it notices that one is gone.
         return {pid: code for pid, code in codes.items() if pid and code not in (None, 0, -signal.SIGTERM)}
 
 
@@ -196,9 +199,9 @@ def _deferred(*signals: signal.Signals) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _hidden_from_children(number: signal.Signals) -> Iterator[None]:
-    """Let programs that are started in this context, and their children, never see the signal."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+def _hidden_from_children(*signals: signal.Signals) -> Iterator[None]:
+    """Let programs that are started in this context, and their children, never see the signals."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     try:
         yield
     finally:
@@ -221,10 +224,15 @@ def _death_notice(pool: Pool, at_work: Sequence[tuple[Path, Task]]) -> str:
     """Which worker died, of what, and what it was working on."""
     advice = "run the same command again to go on, with fewer --workers if memory ran out"
     for pid, code in pool.dead_workers().items():
-        reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"gone with exit code {code}"
-        where = "".join(f", {task}" for target, task in at_work if is_being_written(target, pid))
+        reason = f"killed by {_signal_name(-code)}" if code < 0 else f"gone with exit code {code}"
+        places = [last_position(target, pid) or str(task) for target, task in at_work if is_being_written(target, pid)]
+        where = "".join(f", {place}" for place in places)
         return f"{where}: a worker was {reason}; {advice}"
     return f": a worker ended without a word; {advice}"
+
+
+def _signal_name(number: int) -> str:
+    return {known.value: known.name for known in signal.Signals}.get(number, f"signal {number}")
 
 
 # MPI

@@ -10,7 +10,6 @@ import functools
 
 import numpy as np
 import numpy.typing as npt
-from datasketch import MinHash
 
 UInt32 = npt.NDArray[np.uint32]
 
@@ -22,6 +21,8 @@ _PAIR_BLOCK = 1 << 14  # pairs compared at once, so that memory stays bounded
 @functools.cache
 def permutations(num_perm: int) -> tuple[UInt32, UInt32]:
     """datasketch's multipliers and summands for its default seed: (num_perm) each."""
+    from datasketch import MinHash  # here, as it brings half of scipy: a third of the time that a command's start takes
+
     factors, summands = MinHash(num_perm, scheme="affine32").permutations
     return factors, summands
 

@@ -37,12 +37,34 @@ def reserved(output: Path) -> Iterator[None]:
     busy = f"output {one_line(output)}: another run is making it; wait for it, or choose another"
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(locked(output.with_name(f".{output.name}.lock"), busy))
+            stack.enter_context(locked(_lock(output), busy))
         except OSError as error:
             raise UserError(
                 f"output {one_line(output)}: cannot be written: {error.strerror}; choose another"
             ) from error
         yield
+
+
+def _lock(output: Path) -> Path:
+    return output.with_name(f".{output.name}.lock")
+
+
+def _asides(output: Path, plan_hash: str) -> tuple[Path, Path]:
+    """Where the new dataset is made, and where one that it replaces goes meanwhile."""
+    name = f".{output.name}.{plan_hash[:16]}"
+    return output.with_name(name), output.with_name(f"{name}.old")
+
+
+def has_remains(output: Path, plan_hash: str) -> bool:
+    """Whether a killed run left more than the dataset."""
+    return any(path.exists() for path in (_lock(output), *_asides(output, plan_hash)))
+
+
+def remove_replaced(output: Path, plan_hash: str) -> None:
+    """Remove the dataset that was replaced by `output`, which is reserved and finished."""
+    for remains in _asides(output, plan_hash):
+        if remains.exists():
+            shutil.rmtree(remains)
 
 
 def finished(output: Path, plan_hash: str) -> Manifest | None:
@@ -83,13 +105,14 @@ def check_replaceable(output: Path, overwrite: bool) -> None:
 
 @contextlib.contextmanager
 def publishing(output: Path, plan_hash: str, overwrite: bool) -> Iterator[Path]:
-    """A folder to write into that becomes `output` if all goes well, and if that still may be replaced."""
-    aside = output.with_name(f".{output.name}.{plan_hash[:16]}")
-    old = output.with_name(f"{aside.name}.old")
+    """A folder to write into that becomes `output` if all goes well, and if that still may be replaced.
+
+    What a killed run left is removed; the dataset that it was replacing only when there is a new one.
+    """
+    aside, old = _asides(output, plan_hash)
     try:
-        for remains in (aside, old):
-            if remains.exists():
-                shutil.rmtree(remains)
+        if aside.exists():
+            shutil.rmtree(aside)
         aside.mkdir(parents=True)
         yield aside
         for path in aside.iterdir():
@@ -97,6 +120,8 @@ def publishing(output: Path, plan_hash: str, overwrite: bool) -> Iterator[Path]:
         fsync_path(aside)
         check_replaceable(output, overwrite)
         if output.exists():
+            if old.exists():
+                shutil.rmtree(old)
             output.rename(old)
         aside.rename(output)
         fsync_path(output.parent)

@@ -16,7 +16,9 @@ from megagpt.corpus.output import (
     REPORT_NAME,
     check_replaceable,
     finished,
+    has_remains,
     publishing,
+    remove_replaced,
     reserved,
     run_folders,
     write_sources,
@@ -26,7 +28,7 @@ from megagpt.corpus.quarantine import QUARANTINE_NAME, check_bad_ratio
 from megagpt.corpus.removed import write_removed
 from megagpt.corpus.report import Report, StageTime, render_html
 from megagpt.corpus.stages import Results, Stages
-from megagpt.corpus.workspace import open_workspace
+from megagpt.corpus.workspace import BusyError, open_workspace, remove_workspace, workspace_exists
 from megagpt.corpus.write import join
 from megagpt.data.manifest import FileChecksum, Manifest, SplitInfo, TokenizerInfo
 from megagpt.data.origins import SOURCES_NAME
@@ -57,21 +59,39 @@ def preprocess(
     if config.execution.tokenizer_backend == "gigatoken":
         DocumentEncoder(tokenizer, "gigatoken")  # an error now, and not in a worker later
     plan = make_plan(config, tokenizer, written=(output, work_dir))
+    folder = work_dir / f"{plan.hash[:16]}-{plan.chunk_bytes}"
     if not overwrite and (manifest := finished(output, plan.hash)):
         counts = manifest.counts
         check_bad_ratio(output / QUARANTINE_NAME, counts["bad"], counts["documents"], config.max_bad)
+        _remove_remains(config, output, plan.hash, folder)
+        _remove_if_empty(work_dir)
         return Report(Path(config.output), counts, manifest.splits, seconds=time.monotonic() - start)
-    workers = min(config.execution.workers or len(os.sched_getaffinity(0)), len(plan.chunks))
     with contextlib.ExitStack() as stack:
         stack.enter_context(reserved(output))
         check_replaceable(output, overwrite)
-        folder = stack.enter_context(open_workspace(work_dir / f"{plan.hash[:16]}-{plan.chunk_bytes}"))
+        stack.enter_context(open_workspace(folder))
+        workers = config.execution.workers or len(os.sched_getaffinity(0))
         run = Stages(config, plan, tokenizer, folder, pool or stack.enter_context(LocalPool(workers)), observe)
         report = _publish(run, run.run(), output, overwrite, start)
-        shutil.rmtree(folder)
+        if not config.execution.keep_work:
+            remove_workspace(folder)
+    _remove_if_empty(work_dir)
+    return report
+
+
+def _remove_remains(config: CorpusConfig, output: Path, plan_hash: str, folder: Path) -> None:
+    """Remove what a run that was killed after its dataset appeared left, unless other runs use it."""
+    if has_remains(output, plan_hash):
+        with contextlib.suppress(BusyError), reserved(output):
+            remove_replaced(output, plan_hash)
+    if not config.execution.keep_work and workspace_exists(folder):
+        with contextlib.suppress(BusyError), open_workspace(folder):
+            remove_workspace(folder)
+
+
+def _remove_if_empty(work_dir: Path) -> None:
     with contextlib.suppress(OSError):  # other runs' folders are in it
         work_dir.rmdir()
-    return report
 
 
 def _publish(run: Stages, results: Results, output: Path, overwrite: bool, start: float) -> Report:

@@ -25,8 +25,12 @@ from megagpt.errors import UserError
 Receipt = dict[str, float]
 """Counts of what a task did, such as documents and bytes, and its seconds."""
 
-_RECEIPT = "receipt.json"
+_RECEIPT, _POSITION = "receipt.json", "position"
 _NO_LOCKS_HERE = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # as on Lustre mounted without flock
+
+
+class BusyError(UserError):
+    """Another process works with the same folder."""
 
 
 @contextlib.contextmanager
@@ -34,7 +38,7 @@ def locked(path: Path, busy: str) -> Iterator[None]:
     """Hold the lock file `path`, which is made, with its folder, and removed again.
 
     A POSIX lock: network file systems show it to other nodes, as they do not with flock's or those of folders.
-    UserError with the message `busy`: another process holds it. OSError: it cannot be made.
+    BusyError with the message `busy`: another process holds it. OSError: it cannot be made.
     """
     descriptor = _open_locked(path, busy)
     try:
@@ -54,7 +58,7 @@ def _open_locked(path: Path, busy: str) -> int:
                 return descriptor
         except (BlockingIOError, PermissionError):
             os.close(descriptor)
-            raise UserError(busy) from None
+            raise BusyError(busy) from None
         except OSError as error:
             if error.errno in _NO_LOCKS_HERE:
                 return descriptor
@@ -77,16 +81,43 @@ def open_workspace(folder: Path) -> Iterator[Path]:
     UserError: another run works in it, or it cannot be made.
     """
     where = f"work folder {one_line(folder)}"
-    lock = folder.with_name(f".{folder.name}.lock")  # beside it: NFS keeps an open file in a folder that is removed
     with contextlib.ExitStack() as stack:
         try:
-            stack.enter_context(locked(lock, f"{where}: another run of the same plan is using it; wait for it"))
+            stack.enter_context(
+                locked(_lock(folder), f"{where}: another run of the same plan is using it; wait for it")
+            )
+            _remove_trash(folder)
             folder.mkdir(exist_ok=True)
             for remains in folder.glob("*/.*"):
                 shutil.rmtree(remains)
         except OSError as error:
             raise UserError(f"{where}: {error.strerror}; choose another with --work-dir") from error
         yield folder
+
+
+def remove_workspace(folder: Path) -> None:
+    """Remove the folder, while it is locked; killed in between, no later run takes what is left for results."""
+    if folder.exists():
+        folder.rename(_trash(folder))
+    _remove_trash(folder)
+
+
+def workspace_exists(folder: Path) -> bool:
+    """Whether something of it is there, though it be half removed."""
+    return any(path.exists() for path in (folder, _trash(folder), _lock(folder)))
+
+
+def _remove_trash(folder: Path) -> None:
+    if _trash(folder).exists():
+        shutil.rmtree(_trash(folder))
+
+
+def _lock(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")  # beside it: NFS keeps an open file in a folder that is removed
+
+
+def _trash(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.removed")
 
 
 def disk_error(error: OSError, folder: Path) -> str:
@@ -128,6 +159,34 @@ def write_folder(folder: Path, write: Callable[[Path], Receipt]) -> Receipt:
 def is_being_written(folder: Path, process_id: int) -> bool:
     """Whether the process was at work on `folder`, or was when it died."""
     return _aside(folder, process_id).is_dir()
+
+
+class Position:
+    """Tells, while a task writes into `folder`, which document it is at, should its process be killed."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / _POSITION
+
+    def __enter__(self) -> "Position":
+        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self._descriptor)
+        self._path.unlink()
+
+    def set(self, file: bytes, position: int) -> None:
+        """The name of the input file, and where in it the document begins; takes a microsecond or two."""
+        os.pwrite(self._descriptor, b"%s, document at position %d\n" % (file, position), 0)
+
+
+def last_position(folder: Path, process_id: int) -> str | None:
+    """Where the process was in its work on `folder`; None: it did not say."""
+    try:
+        content = (_aside(folder, process_id) / _POSITION).read_bytes()
+    except FileNotFoundError:
+        return None
+    return os.fsdecode(content.partition(b"\n")[0])
 
 
 def _aside(folder: Path, process_id: int) -> Path:
