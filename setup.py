@@ -25,7 +25,7 @@ setup(
         "huggingface_hub>=2",
         "jinja2>=3.1",
         "matplotlib>=3.8",
-        "numpy>=1.26",
+        "numpy>=2",
         "orjson>=3.10",
         "py3langid>=0.4,<0.5",  # its scores are part of what a corpus is
         "pyarrow>=21",

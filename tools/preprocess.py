@@ -4,6 +4,7 @@ What it does lives in megagpt.corpus; here are the flags, the display and the st
 """
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -21,6 +22,8 @@ from rich.progress import Progress as Display
 
 from megagpt.config.loading import load_section
 from megagpt.corpus import CorpusConfig, Progress, Report, preprocess
+from megagpt.corpus.estimate import Estimate
+from megagpt.corpus.estimate import estimate as corpus_estimate
 from megagpt.corpus.executor import Observer, Pool, mpi_pool
 from megagpt.corpus.output import REPORT_NAME
 from megagpt.corpus.quarantine import QUARANTINE_NAME
@@ -96,6 +99,9 @@ def preprocess_command(
         str | None, typer.Option(help="Key or column of the text in .jsonl, Parquet, Arrow. [default: text]")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing dataset.")] = False,
+    estimate: Annotated[
+        bool, typer.Option("--estimate", help="Make nothing; tell from a sample what it would take and give.")
+    ] = False,
 ) -> None:
     """Turn text into a token dataset.
 
@@ -136,13 +142,14 @@ def preprocess_command(
     }
     overrides = [(key, value) for key, value in options.items() if value is not None]
     signal.signal(signal.SIGTERM, _terminate)
+    run = _estimate if estimate else functools.partial(_run, overwrite=overwrite)
     if executor is Engine.local:
-        _run(load_section(CorpusConfig, config, overrides), None, overwrite)
+        run(load_section(CorpusConfig, config, overrides), None)
         return
     with mpi_pool(_launched_processes()) as pool:
         if pool is not None:
             with _ending_all_ranks():
-                _run(load_section(CorpusConfig, config, overrides), pool, overwrite)
+                run(load_section(CorpusConfig, config, overrides), pool)
 
 
 class _TerminatedError(UserError):
@@ -186,6 +193,43 @@ def _run(config: CorpusConfig, pool: Pool | None, overwrite: bool) -> None:
     with _display(console) as observe:
         report = preprocess(config, pool, observe, overwrite)
     _print_summary(console, report)
+
+
+def _estimate(config: CorpusConfig, pool: Pool | None) -> None:
+    console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
+    with _display(console) as observe:
+        found = corpus_estimate(config, pool, observe)
+    _print_estimate(console, found)
+
+
+def _print_estimate(console: Console, found: Estimate) -> None:
+    total = sum(found.seconds.values())
+    times = ", ".join(f"{name} {_duration(seconds)}" for name, seconds in found.seconds.items())
+    tokens = f"{found.most_tokens:,}"
+    if found.least_tokens < found.most_tokens:
+        tokens = f"{found.least_tokens:,} to {tokens}"
+    duplicates = f"{found.least_duplicates:.1%}"
+    if found.most_duplicates > found.least_duplicates:
+        duplicates += f" (copies are neighbours) to {found.most_duplicates:.1%} (copies are anywhere)"
+    rows = [
+        ("input", f"{found.input_bytes / 1e6:,.1f} MB in {found.files:,} files, about {found.documents:,} documents"),
+        ("read for this estimate", f"{found.share:.2%} in {_duration(found.sample_seconds)}"),
+        *((f"removed: {stage}", f"{share:.1%} of documents") for stage, share in found.removed.items() if share),
+        ("duplicates", f"{duplicates} of the rest"),
+        ("tokens", tokens),
+        ("time", f"{_duration(total)} with {found.workers} workers ({times})"),
+        ("work folder", f"{found.work_bytes / 1e6:,.1f} MB while it runs"),
+        ("dataset", f"{found.output_bytes / 1e6:,.1f} MB at most"),
+    ]
+    for name, value in rows:
+        console.print(f"{name:<24}{value}")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _print_summary(console: Console, report: Report) -> None:

@@ -38,7 +38,7 @@ def read_parquet(
         if piece.start == 0:  # once for the file
             yield _damaged(0, error)
         return
-    position = 0
+    position = rows_read = 0
     for group in range(file.num_row_groups):
         metadata = file.metadata.row_group(group)
         if piece.start <= group * piece.file.size // file.num_row_groups < piece.stop:
@@ -48,7 +48,10 @@ def read_parquet(
                 yield _damaged(position, error)
             else:
                 batches = file.iter_batches(rows, row_groups=[group], columns=[text_key], use_threads=False)
-                yield from _read_batches(batches, text_key, position, count, max_bytes)
+                for record in _read_batches(batches, text_key, position, count, max_bytes):
+                    rows_read += 1
+                    count.stored_bytes = rows_read * piece.file.size // file.metadata.num_rows
+                    yield record
         position += metadata.num_rows
 
 

@@ -146,6 +146,11 @@ class FrameReader(io.RawIOBase):
         self._repeated = 0  # bytes of content that were given before the frame was begun again
         self._bytes_at_once = _READ_BYTES
 
+    @property
+    def given(self) -> int:
+        """Bytes of content that were read from it."""
+        return self._offset
+
     def readable(self) -> bool:
         """As io.RawIOBase has it."""
         return True

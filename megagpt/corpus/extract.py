@@ -6,11 +6,13 @@ sorted, for the stage `exact`), and, for near-duplicates, signatures.bin (num_pe
 are in removed.bin (a REMOVED each) and details.jsonl (a string each).
 
 Beside the parts: examples.json (the beginnings of the first few removed texts by reason), bad.jsonl (a BadRecord each,
-with its file's index), lines.json (lines by file index).
+with its file's index), contaminated.jsonl (file, position and detail of each document that stays though it shares text
+with evaluation data), lines.json (lines by file index).
 
 From here on a document's *number* is its place among all documents that stay, in the order of ids.
 """
 
+import contextlib
 import dataclasses
 import json
 import struct
@@ -27,8 +29,9 @@ from megagpt.corpus.hashing import collapse_whitespace, shingle_hashes, text_has
 from megagpt.corpus.minhash import signature
 from megagpt.corpus.plan import Chunk
 from megagpt.corpus.reading import read_piece
-from megagpt.corpus.records import HARMLESS, BadRecord, ReadCount
+from megagpt.corpus.records import HARMLESS, BadRecord, Document, ReadCount
 from megagpt.corpus.screening import Screened, Screening
+from megagpt.corpus.sources import Piece
 from megagpt.corpus.workspace import Receipt, map_array, write_array
 
 DOCUMENT = np.dtype(
@@ -44,6 +47,10 @@ PART_BYTES, PART_DOCUMENTS = 1 << 27, 1 << 18
 """A part ends when its texts or its documents, removed ones included, reach this."""
 EXAMPLES_PER_REASON = 3
 EXAMPLE_CHARACTERS = 600
+_COUNTS = (
+    *("documents", "kept", "contaminated", "bad", "harmless"),
+    *("bytes", "stored_bytes", "text_bytes", "kept_text_bytes"),
+)
 _DOCUMENT, _REMOVED = struct.Struct("<IQQQQQ"), struct.Struct("<IQQB")
 assert (_DOCUMENT.size, _REMOVED.size) == (DOCUMENT.itemsize, REMOVED.itemsize)
 
@@ -54,36 +61,43 @@ class ExtractTask:
 
     chunk: Chunk
     text_key: str
+    max_document_bytes: int
     screening: Screening
     dedup: DedupConfig
+    most_bytes: int | None = None
+    """Bytes of records after which a piece is left, for an estimate; None: it is read whole."""
 
     def __str__(self) -> str:
         return str(self.chunk)
 
     def run(self, folder: Path) -> Receipt:
-        """See the module; counts documents, kept ones, bad and harmless records, bytes, text bytes, kept text bytes,
-        and documents and bytes by the key of each reason."""
-        receipt: Receipt = dict.fromkeys(
-            ("documents", "kept", "bad", "harmless", "bytes", "text_bytes", "kept_text_bytes"), 0
-        )
+        """See the module; counts documents, kept ones, contaminated ones of these, bad and harmless records, bytes,
+        stored bytes, text bytes, kept text bytes, and documents and bytes by the key of each reason."""
+        receipt: Receipt = dict.fromkeys(_COUNTS, 0)
         lines: dict[int, int] = {}
         with _ChunkWriter(folder, self.dedup, receipt) as writer:
             for piece in self.chunk.pieces:
                 count = ReadCount()
-                for record in read_piece(piece, self.text_key, count):
-                    if isinstance(record, BadRecord):
-                        receipt["harmless" if record.reason in HARMLESS else "bad"] += 1
-                        writer.add_bad(piece.file_index, record)
-                        continue
-                    try:
-                        writer.add(piece.file_index, record.position, self.screening(record.text))
-                    except Exception as error:
-                        raise RuntimeError(f"{piece.file.name}, document at position {record.position}") from error
+                with contextlib.closing(read_piece(piece, self.text_key, count, self.max_document_bytes)) as records:
+                    for record in records:
+                        self._add(writer, piece, record)
+                        if self.most_bytes is not None and count.bytes >= self.most_bytes:
+                            break
                 receipt["bytes"] += count.bytes
+                receipt["stored_bytes"] += count.stored_bytes
                 if piece.file.kind == "jsonl":
                     lines[piece.file_index] = count.lines
         (folder / "lines.json").write_text(json.dumps(lines))
         return receipt
+
+    def _add(self, writer: "_ChunkWriter", piece: Piece, record: Document | BadRecord) -> None:
+        if isinstance(record, BadRecord):
+            writer.add_bad(piece.file_index, record)
+            return
+        try:
+            writer.add(piece.file_index, record.position, self.screening(record.text))
+        except Exception as error:
+            raise RuntimeError(f"{piece.file.name}, document at position {record.position}") from error
 
 
 class _ChunkWriter:
@@ -96,6 +110,7 @@ class _ChunkWriter:
 
     def __enter__(self) -> "_ChunkWriter":
         self._bad = open(self._folder / "bad.jsonl", "w", encoding="utf-8")
+        self._contaminated = open(self._folder / "contaminated.jsonl", "w", encoding="utf-8")
         self._part = ExitStack()
         self._begin_part()
         return self
@@ -103,6 +118,7 @@ class _ChunkWriter:
     def __exit__(self, *error: object) -> None:
         self._part.close()
         self._bad.close()
+        self._contaminated.close()
         if not any(error):
             self._end_part()
             (self._folder / "examples.json").write_text(json.dumps(self._examples))
@@ -125,6 +141,7 @@ class _ChunkWriter:
 
     def add_bad(self, file_index: int, record: BadRecord) -> None:
         """Something that is not a document."""
+        self._receipt["harmless" if record.reason in HARMLESS else "bad"] += 1
         self._bad.write(json.dumps({"file": file_index, **dataclasses.asdict(record)}) + "\n")
 
     def add(self, file_index: int, position: int, screened: Screened) -> None:
@@ -139,6 +156,10 @@ class _ChunkWriter:
         if screened.reason is not None:
             self._add_removed(file_index, position, screened, len(content))
             return
+        if screened.contamination:
+            record = {"file": file_index, "position": position, "detail": screened.contamination}
+            self._contaminated.write(json.dumps(record) + "\n")
+            self._receipt["contaminated"] += 1
         words = collapse_whitespace(content)
         self._texts.write(content)
         row = (file_index, position, self._part_bytes, len(content), *text_hash(words))

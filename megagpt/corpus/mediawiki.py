@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mwparserfromhell.wikicode import Wikicode
 
 _READ_BYTES = 1 << 16
+_LONGEST_TAG = 1 << 20
 _MALFORMED, _MALFORMED_TEXT = "malformed XML", "malformed wikitext"
 _MAIN_NAMESPACE = "0"
 _NAMESPACES_NOT_SHOWN = frozenset({"-2", "6", "14"})  # media, files, categories
@@ -39,8 +40,8 @@ class _Page:
     is_redirect: bool = False
     size: int = 0
     """Bytes of the text."""
-    values: dict[str, str] = field(default_factory=dict)
-    """Content of the elements `ns`, `model` and `text`."""
+    parts: dict[str, list[str]] = field(default_factory=dict)
+    """Content of the elements `ns`, `model` and `text`, in parts."""
 
 
 class _DumpParser:
@@ -54,6 +55,7 @@ class _DumpParser:
         self._parser.EndElementHandler = self._end
         self._parser.CharacterDataHandler = self._characters
         self._parser.EntityDeclHandler = self._refuse_entity
+        self._fed = 0
         self._page: _Page | None = None
         self._element = ""
         self._namespace_key = ""
@@ -65,8 +67,11 @@ class _DumpParser:
         """Where the last page begins."""
 
     def feed(self, content: bytes, is_last: bool = False) -> None:
-        """The next bytes. expat.ExpatError: they are no XML."""
+        """The next bytes. expat.ExpatError or BadRecordError: they are no XML, or none of a wiki."""
+        self._fed += len(content)
         self._parser.Parse(content, is_last)
+        if self._fed - self._parser.CurrentByteIndex > _LONGEST_TAG:  # which is held whole, and begun again and again
+            raise BadRecordError(_MALFORMED, f"a tag, or what looks like one, of more than {_LONGEST_TAG} bytes")
 
     def _start(self, name: str, attributes: dict[str, str]) -> None:
         if name == "page":
@@ -77,7 +82,7 @@ class _DumpParser:
         elif name == "namespace":
             self._namespace_key = attributes.get("key", "")
         elif name in ("ns", "model", "text") and self._page:
-            self._page.values[name] = ""
+            self._page.parts[name] = []
             if name == "text":  # of the newest revision, which is the last
                 self._page.size = 0
         self._element = name
@@ -96,15 +101,15 @@ class _DumpParser:
             if name == "text":
                 self._page.size += len(content) if content.isascii() else len(content.encode(errors="replace"))
                 if self._page.size > self._max_bytes:
-                    self._page.values[name] = ""
+                    self._page.parts[name].clear()
                     return
-            self._page.values[name] += content
+            self._page.parts[name].append(content)
 
     def _refuse_entity(self, name: str, *_: object) -> None:
         raise BadRecordError(_MALFORMED, f"declares an entity {name!r}, as no wiki does")
 
     def _finish(self, page: _Page) -> None:
-        values = page.values
+        values = {name: "".join(parts) for name, parts in page.parts.items()}
         is_article = values.get("ns", _MAIN_NAMESPACE) == _MAIN_NAMESPACE and not page.is_redirect
         if not is_article or values.get("model", "wikitext") != "wikitext" or "text" not in values:
             return

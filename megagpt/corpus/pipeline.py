@@ -24,7 +24,7 @@ from megagpt.corpus.output import (
     write_sources,
 )
 from megagpt.corpus.plan import make_plan
-from megagpt.corpus.quarantine import QUARANTINE_NAME, check_bad_ratio
+from megagpt.corpus.quarantine import CONTAMINATED_NAME, QUARANTINE_NAME, check_bad_ratio, write_contaminated
 from megagpt.corpus.removed import write_removed
 from megagpt.corpus.report import Report, StageTime, render_html
 from megagpt.corpus.stages import Results, Stages
@@ -101,6 +101,8 @@ def _publish(run: Stages, results: Results, output: Path, overwrite: bool, start
         write_removed(aside / "removed.jsonl.zst", results.stages["select"].folders)
         write_sources(aside / SOURCES_NAME, run.plan.files)
         shutil.copyfile(results.quarantine, aside / QUARANTINE_NAME)
+        if run.plan.evaluation and run.config.decontaminate.action == "report":
+            write_contaminated(aside / CONTAMINATED_NAME, results.stages["extract"].folders, run.plan.files)
         report = Report(Path(run.config.output), results.counts, splits, results.times, time.monotonic() - start)
         _describe(run, aside, report, results.bad)
     return report

@@ -15,6 +15,7 @@ from typing import Any
 
 import megagpt
 from megagpt.corpus.config import CorpusConfig
+from megagpt.corpus.decontaminate import evaluation_files
 from megagpt.corpus.finding import find_files
 from megagpt.corpus.sources import LIBRARIES_OF_KIND, Kind, Piece, SourceFile
 from megagpt.tokenizer import Tokenizer
@@ -22,8 +23,9 @@ from megagpt.tokenizer import Tokenizer
 PIPELINE_VERSION = 2
 """Part of every plan's hash; raised when a change of the code changes what comes out."""
 
-_LIBRARIES = ("datasketch", "ftfy", "numpy", "orjson", "scipy", "tiktoken", "xxhash", "zstandard")
+_LIBRARIES = ("datasketch", "ftfy", "numpy", "orjson", "py3langid", "scipy", "tiktoken", "xxhash", "zstandard")
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 1 << 20, 1 << 26
+_MOST_CHUNKS = 1 << 14  # beyond which chunks grow
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Plan:
 
     files: list[SourceFile]
     """The input; a file's index here is the first half of its documents' ids."""
+    evaluation: list[SourceFile]
+    """The files whose text must not be trained on."""
     chunks: list[Chunk]
     chunk_bytes: int
     config: dict[str, Any]
@@ -60,18 +64,20 @@ def make_plan(config: CorpusConfig, tokenizer: Tokenizer, written: Sequence[Path
     UserError: the input cannot be found or read.
     """
     files = find_files(config.input, written, config.format)
+    evaluation = evaluation_files(config.decontaminate)
     settings = config.model_dump(mode="json", exclude={"output", "max_bad", "execution"})
-    versions = library_versions({file.kind for file in files})
+    versions = library_versions({file.kind for file in [*files, *evaluation]})
     identity = {
         "pipeline": PIPELINE_VERSION,
         "config": {key: value for key, value in settings.items() if key != "input"},  # the files are what it means
         "files": [file.identity for file in files],
+        "evaluation": [file.identity for file in evaluation],
         "vocabulary": [tokenizer.vocab_sha256, tokenizer.vocab_size, tokenizer.eod_id],
         "versions": versions,
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     chunk_bytes = _chunk_bytes(config.execution.chunk_mb, sum(file.size for file in files))
-    return Plan(files, cut_into_chunks(files, chunk_bytes), chunk_bytes, settings, versions, digest)
+    return Plan(files, evaluation, cut_into_chunks(files, chunk_bytes), chunk_bytes, settings, versions, digest)
 
 
 def library_versions(kinds: Set[Kind]) -> dict[str, str]:
@@ -100,4 +106,4 @@ def cut_into_chunks(files: Sequence[SourceFile], chunk_bytes: int) -> list[Chunk
 def _chunk_bytes(chunk_mb: float | None, input_bytes: int) -> int:
     if chunk_mb is not None:
         return max(1, int(chunk_mb * (1 << 20)))
-    return min(max(input_bytes // 128, _SMALLEST_CHUNK), _LARGEST_CHUNK)
+    return min(max(input_bytes // 128, _SMALLEST_CHUNK), max(_LARGEST_CHUNK, input_bytes // _MOST_CHUNKS))

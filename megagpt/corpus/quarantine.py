@@ -15,6 +15,7 @@ from megagpt.corpus.sources import SourceFile, one_line
 from megagpt.errors import UserError
 
 QUARANTINE_NAME = "quarantine.jsonl"
+CONTAMINATED_NAME = "contaminated.jsonl"
 
 
 def write_quarantine(path: Path, chunks: Sequence[Path], files: Sequence[SourceFile]) -> dict[str, int]:
@@ -59,3 +60,14 @@ def _records(chunks: Sequence[Path], files: Sequence[SourceFile]) -> Iterator[di
                 }
         for index, lines in json.loads((chunk / "lines.json").read_bytes()).items():
             lines_before[int(index)] += lines
+
+
+def write_contaminated(path: Path, chunks: Sequence[Path], files: Sequence[SourceFile]) -> None:
+    """Write the list of documents that stay though they share text with evaluation data: id, file and what it is."""
+    with open(path, "w", encoding="utf-8") as lines:
+        for chunk in chunks:
+            with open(chunk / "contaminated.jsonl", encoding="utf-8") as found:
+                for record in map(json.loads, found):
+                    index = record["file"]
+                    entry = {"id": f"{index}:{record['position']}", "file": files[index].name}
+                    lines.write(json.dumps({**entry, "detail": record["detail"]}) + "\n")

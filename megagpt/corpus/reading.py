@@ -10,13 +10,13 @@ import contextlib
 import io
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import IO, Any
 
 import orjson
 
 from megagpt.corpus.columnar import read_arrow, read_parquet
-from megagpt.corpus.compression import DAMAGED_ERRORS, decompressed
+from megagpt.corpus.compression import DAMAGED_ERRORS, FrameReader, decompressed
 from megagpt.corpus.hub import open_hub_file
 from megagpt.corpus.mediawiki import read_mediawiki
 from megagpt.corpus.records import (
@@ -47,7 +47,7 @@ _DEEPEST_JSON = "depth limit exceeded"  # orjson's, at 1024; how deep the standa
 
 def read_piece(
     piece: Piece, text_key: str, count: ReadCount, max_bytes: int = DEFAULT_MAX_BYTES
-) -> Iterator[Document | BadRecord]:
+) -> Generator[Document | BadRecord, None, None]:
     """The documents that begin in `piece`, in order, with what could not be read in between; `count` grows with them.
 
     Pieces that cover a file give each of its records once, wherever they are cut. A record of more than `max_bytes` is
@@ -62,22 +62,34 @@ def read_piece(
             yield BadRecord(0, None, EMPTY, "the file has no bytes")
             return
         stream = decompressed(raw, piece.file.compression)
-        match piece.file.kind:
-            case "jsonl":
-                yield from _read_lines(_buffered(stream), piece, text_key, count, max_bytes)
-            case "parquet":
-                yield from read_parquet(stream, piece, text_key, count, max_bytes)
-            case "arrow":
-                yield from read_arrow(stream, piece, text_key, count, max_bytes)
-            case "warc":
-                yield from read_warc(stream, count, max_bytes)
-            case "mediawiki":
-                yield from read_mediawiki(stream, count, max_bytes)
-            case "html":
-                yield _read_whole(_buffered(stream), count, max_bytes, main_text)
-            case "text":
-                to_text = _text_or_binary if piece.file.found_in_folder else _plain_text
-                yield _read_whole(_buffered(stream), count, max_bytes, to_text, piece.file.found_in_folder)
+        try:
+            yield from _read_stream(stream, piece, text_key, count, max_bytes)
+        finally:
+            if piece.file.kind != "parquet":  # which is not read from its beginning to its end
+                count.stored_bytes = max(0, min(raw.tell(), piece.stop) - piece.start)
+            if isinstance(stream, FrameReader) and piece.file.kind in ("jsonl", "text", "html"):  # which reads ahead
+                count.stored_bytes = count.stored_bytes * count.bytes // max(1, stream.given)
+
+
+def _read_stream(
+    stream: IO[bytes], piece: Piece, text_key: str, count: ReadCount, max_bytes: int
+) -> Iterator[Document | BadRecord]:
+    match piece.file.kind:
+        case "jsonl":
+            yield from _read_lines(_buffered(stream), piece, text_key, count, max_bytes)
+        case "parquet":
+            yield from read_parquet(stream, piece, text_key, count, max_bytes)
+        case "arrow":
+            yield from read_arrow(stream, piece, text_key, count, max_bytes)
+        case "warc":
+            yield from read_warc(stream, count, max_bytes)
+        case "mediawiki":
+            yield from read_mediawiki(stream, count, max_bytes)
+        case "html":
+            yield _read_whole(_buffered(stream), count, max_bytes, main_text)
+        case "text":
+            to_text = _text_or_binary if piece.file.found_in_folder else _plain_text
+            yield _read_whole(_buffered(stream), count, max_bytes, to_text, piece.file.found_in_folder)
 
 
 @contextlib.contextmanager

@@ -41,6 +41,8 @@ class ReadCount:
     """Lines, blank ones included."""
     bytes: int = 0
     """Bytes of records, uncompressed."""
+    stored_bytes: int = 0
+    """Bytes of the file, as it is stored, that the records so far are from, about; known when reading has ended."""
 
 
 class BadRecordError(Exception):

@@ -1,6 +1,6 @@
 """The stages that find out what becomes of every document, one after another.
 
-    extract ─▶ exact ─▶ keys ─▶ bands ─▶ clusters ─▶ select ─▶ tokenize ─▶ write
+    evaluation ─▶ extract ─▶ exact ─▶ keys ─▶ bands ─▶ clusters ─▶ select ─▶ tokenize ─▶ write
 
 Each is a list of tasks that know nothing of each other; a task works on a part of the corpus of a bounded size, or on
 a stretch of sorted files, in bounded memory. Their results lie in the work folder.
@@ -13,6 +13,7 @@ from pathlib import Path
 
 from megagpt.corpus.clusters import ClustersTask
 from megagpt.corpus.config import TRAIN, CorpusConfig
+from megagpt.corpus.decontaminate import EvaluationTask
 from megagpt.corpus.documents import Documents
 from megagpt.corpus.exact import ExactTask, KeyRange
 from megagpt.corpus.executor import Observer, Pool, StageResult, Task, run_stage
@@ -58,8 +59,17 @@ class Stages:
     """The stages of one run; `run` is its life from top to bottom."""
 
     def __init__(
-        self, config: CorpusConfig, plan: Plan, tokenizer: Tokenizer, folder: Path, pool: Pool, observe: Observer
+        self,
+        config: CorpusConfig,
+        plan: Plan,
+        tokenizer: Tokenizer,
+        folder: Path,
+        pool: Pool,
+        observe: Observer,
+        limits: Sequence[int | None] | None = None,
     ) -> None:
+        """`limits`: for each chunk the bytes of records after which its pieces are left; None: they are read whole."""
+        self.limits = limits or [None] * len(plan.chunks)
         self.config, self.plan, self.tokenizer = config, plan, tokenizer
         self.folder, self.pool, self.observe = folder, pool, observe
         self.dtype = token_dtype(tokenizer.vocab_size).str
@@ -82,11 +92,17 @@ class Stages:
         return Results(documents, self.results, written, quarantine, bad, self.times, counts)
 
     def _extract(self) -> StageResult:
-        config = self.config
-        screening = Screening(config.clean)
+        config, evaluation = self.config, None
+        if self.plan.evaluation:
+            decontaminate = config.decontaminate
+            task = EvaluationTask(
+                tuple(self.plan.evaluation), tuple(decontaminate.text_keys), decontaminate.ngram_words
+            )
+            (evaluation,) = self._stage("evaluation", [task]).folders
+        screening = Screening(config.clean, config.filter, config.decontaminate, evaluation)
         tasks = [
-            ExtractTask(chunk, config.text_key, config.max_document_bytes, screening, config.dedup)
-            for chunk in self.plan.chunks
+            ExtractTask(chunk, config.text_key, config.max_document_bytes, screening, config.dedup, limit)
+            for chunk, limit in zip(self.plan.chunks, self.limits, strict=True)
         ]
         return self._stage("extract", tasks)
 
@@ -192,6 +208,7 @@ class Stages:
             "documents": extract.total("documents"),
             "text_bytes": extract.total("text_bytes"),
             **{f"removed_{stage}": count for stage, count in removed.items()},
+            "contaminated": extract.total("contaminated"),
             "kept": select.total("kept"),
             "kept_text_bytes": tokenize.total("text_bytes"),
         }

@@ -279,7 +279,7 @@ def test_a_full_disk_is_an_error_that_names_the_work_folder(corpus: Path, monkey
     def fail(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr("megagpt.corpus.pipeline.write_quarantine", fail)
+    monkeypatch.setattr("megagpt.corpus.stages.write_quarantine", fail)
     with pytest.raises(
         UserError, match=r"out\.work/\S+: No space left on device; free space for \S+out\.work/\S+, and "
     ):
