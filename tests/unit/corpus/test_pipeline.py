@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from megagpt.corpus import CorpusConfig, Report, pipeline, preprocess
+from megagpt.corpus import CorpusConfig, Report, pipeline, preprocess, stages
 from megagpt.corpus.plan import make_plan
 from megagpt.corpus.workspace import Receipt
 from megagpt.data.indexed import IndexedDataset
@@ -519,11 +519,11 @@ def test_a_tokenizer_that_changes_during_the_run_is_an_error_and_afterwards_the_
 
         return wrapped
 
-    for name in ("write_quarantine", "write_removed"):  # before and after the stage that tokenizes
+    for module, name in ((stages, "write_quarantine"), (pipeline, "write_removed")):  # before and after it tokenizes
         path.write_bytes(old)
         with monkeypatch.context() as patch:
-            patch.setattr(pipeline, name, replace_after(getattr(pipeline, name)))
-            if name == "write_quarantine":
+            patch.setattr(module, name, replace_after(getattr(module, name)))
+            if module is stages:
                 with pytest.raises(UserError, match="its vocabulary changed during the run"):
                     run(corpus, tokenizer=str(path), max_bad=0.1)
             else:
