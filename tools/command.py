@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import typer
 
 from megagpt.errors import UserError
+from tools.interrupt import interrupt_as_usual
 
 # typer carries click inside since 0.2x, so the class is found through one that typer has always exported.
 _USAGE_ERROR: type[Any] = next(cls for cls in typer.BadParameter.__mro__ if cls.__name__ == "ClickException")
@@ -28,6 +29,7 @@ def single_command(function, name: str) -> typer.Typer:  # type: ignore[no-untyp
 def run_command(app: typer.Typer, prog_name: str) -> NoReturn:
     """Run `app` on sys.argv; print a user's error as one line on stderr; exit."""
     try:
+        interrupt_as_usual()
         # What the terminal or file cannot show becomes "?"; an output is never cut off by an UnicodeEncodeError.
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):

@@ -15,6 +15,11 @@ from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args
 
+if __name__ == "__main__":
+    from tools.interrupt import end_at_once_on_interrupt
+
+    end_at_once_on_interrupt()
+
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -88,6 +93,9 @@ def preprocess_command(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Of shuffle and split. [default: 0]")] = None,
     work_dir: Annotated[str | None, typer.Option(help="Intermediate files. [default: OUTPUT.work]")] = None,
+    keep_work: Annotated[
+        bool | None, typer.Option("--keep-work", help="Leave the intermediate files after success.")
+    ] = None,
     format: Annotated[
         str | None, typer.Option(metavar="|".join(get_args(Format)), help="What all inputs hold. [default: auto]")
     ] = None,
@@ -138,10 +146,13 @@ def preprocess_command(
         "max_bad": max_bad,
         "execution.workers": workers,
         "execution.work_dir": work_dir,
+        "execution.keep_work": keep_work,
         "execution.vocab_dir": vocab_dir,
     }
     overrides = [(key, value) for key, value in options.items() if value is not None]
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+            signal.signal(number, _terminate)
     run = _estimate if estimate else functools.partial(_run, overwrite=overwrite)
     if executor is Engine.local:
         run(load_section(CorpusConfig, config, overrides), None)
@@ -155,11 +166,13 @@ def preprocess_command(
 class _TerminatedError(UserError):
     """Raised where the program is when it is asked to end, so that it ends its workers."""
 
-    exit_code = 128 + signal.SIGTERM
+    def __init__(self, number: int) -> None:
+        super().__init__("terminated; run the same command again to go on")
+        self.exit_code = 128 + number
 
 
-def _terminate(*_: object) -> NoReturn:
-    raise _TerminatedError("terminated; run the same command again to go on")
+def _terminate(number: int, _: object) -> NoReturn:
+    raise _TerminatedError(number)
 
 
 def _launched_processes() -> int:
