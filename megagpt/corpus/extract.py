@@ -15,8 +15,10 @@ From here on a document's *number* is its place among all documents that stay, i
 import contextlib
 import dataclasses
 import json
+import os
 import struct
 from collections import defaultdict
+from collections.abc import Generator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,8 +33,9 @@ from megagpt.corpus.plan import Chunk
 from megagpt.corpus.reading import read_piece
 from megagpt.corpus.records import HARMLESS, BadRecord, Document, ReadCount
 from megagpt.corpus.screening import Screened, Screening
-from megagpt.corpus.sources import Piece
-from megagpt.corpus.workspace import Receipt, map_array, write_array
+from megagpt.corpus.sources import Piece, one_line
+from megagpt.corpus.workspace import Position, Receipt, map_array, write_array
+from megagpt.errors import UserError
 
 DOCUMENT = np.dtype(
     [("file", "<u4"), ("position", "<u8"), ("begin", "<u8"), ("size", "<u8"), ("low", "<u8"), ("high", "<u8")]
@@ -75,11 +78,13 @@ class ExtractTask:
         stored bytes, text bytes, kept text bytes, and documents and bytes by the key of each reason."""
         receipt: Receipt = dict.fromkeys(_COUNTS, 0)
         lines: dict[int, int] = {}
-        with _ChunkWriter(folder, self.dedup, receipt) as writer:
+        with _ChunkWriter(folder, self.dedup, receipt) as writer, Position(folder) as place:
             for piece in self.chunk.pieces:
                 count = ReadCount()
-                with contextlib.closing(read_piece(piece, self.text_key, count, self.max_document_bytes)) as records:
+                name = os.fsencode(one_line(piece.file.name))
+                with contextlib.closing(self._read(piece, count)) as records:
                     for record in records:
+                        place.set(name, record.position)
                         self._add(writer, piece, record)
                         if self.most_bytes is not None and count.bytes >= self.most_bytes:
                             break
@@ -90,14 +95,38 @@ class ExtractTask:
         (folder / "lines.json").write_text(json.dumps(lines))
         return receipt
 
+    def _read(self, piece: Piece, count: ReadCount) -> Generator[Document | BadRecord, None, None]:
+        """The records of a piece; errors tell the file, and how far it was read."""
+        position = piece.start
+        with contextlib.closing(read_piece(piece, self.text_key, count, self.max_document_bytes)) as records:
+            try:
+                for record in records:
+                    position = record.position
+                    yield record
+            except UserError:
+                raise
+            except Exception as error:
+                raise _located(error, piece, f"reading on from position {position}") from error
+
     def _add(self, writer: "_ChunkWriter", piece: Piece, record: Document | BadRecord) -> None:
         if isinstance(record, BadRecord):
             writer.add_bad(piece.file_index, record)
             return
         try:
             writer.add(piece.file_index, record.position, self.screening(record.text))
+        except OSError:
+            raise  # of the disk, and not about the document
         except Exception as error:
-            raise RuntimeError(f"{piece.file.name}, document at position {record.position}") from error
+            raise _located(error, piece, f"document at position {record.position}") from error
+
+
+def _located(error: Exception, piece: Piece, where: str) -> Exception:
+    where = f"{one_line(piece.file.name)}, {where}"
+    if isinstance(error, OSError):
+        return UserError(f"{where}: {error.strerror or error}; mend that, and run the same command again to go on")
+    if isinstance(error, MemoryError):
+        return UserError(f"{where}: out of memory; run the same command again with fewer --workers")
+    return RuntimeError(f"{where}: {type(error).__name__}: {error}")
 
 
 class _ChunkWriter:

@@ -99,10 +99,15 @@ def _open(file: SourceFile) -> Iterator[IO[bytes]]:
             yield content
         return
     with open(file.name, "rb", buffering=_BUFFER_BYTES) as raw:
-        status = os.fstat(raw.fileno())
-        if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
-            raise UserError(f"{one_line(file.name)}: changed while the run was reading it; run the command again")
+        _check_unchanged(file, raw)
         yield raw
+        _check_unchanged(file, raw)
+
+
+def _check_unchanged(file: SourceFile, raw: IO[bytes]) -> None:
+    status = os.fstat(raw.fileno())
+    if (status.st_size, status.st_mtime_ns) != (file.size, file.mtime_ns):
+        raise UserError(f"{one_line(file.name)}: changed while the run was reading it; run the command again")
 
 
 def _buffered(stream: IO[bytes]) -> IO[bytes]:
