@@ -1,6 +1,6 @@
 """Compressed files as streams of their content, with an error where the content is cut short or damaged.
 
-All that precedes the damage is given first, and no more than a few MiB is held, whatever a few bytes expand to.
+All that precedes the damage is given first, and no more than 64 MiB is held, whatever a few bytes expand to.
 """
 
 import bz2
@@ -20,6 +20,7 @@ DAMAGED_ERRORS = (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError)
 
 _READ_BYTES = 1 << 16  # compressed, at once
 _MOST_CONTENT = 1 << 18  # of one call of a decompressor
+_MOST_BZIP2_CONTENT = 1 << 26  # more than any block expands to: a call gives a block after its checksum, or an error
 _ZSTD_BYTES = 1 << 11  # zstandard has no bound for the content of a call; from these at most 64 MiB can come
 _FRAMES_REMEMBERED = 1 << 12  # more than a reader may be ahead of the record that it gives
 _GZIP_MAGIC = b"\x1f\x8b\x08"
@@ -129,6 +130,7 @@ class FrameReader(io.RawIOBase):
     def __init__(self, raw: IO[bytes], new_frame: Callable[[], _Frame]) -> None:
         self._raw = raw
         self._new_frame = new_frame
+        self._most_content = _MOST_BZIP2_CONTENT if new_frame is bz2.BZ2Decompressor else _MOST_CONTENT
         self._content = memoryview(b"")
         self._data = b""  # read, and not yet given to a frame
         self._offset = 0  # of the content, of what is given next
@@ -203,7 +205,7 @@ class FrameReader(io.RawIOBase):
 
     def _decompressed(self, block: bytes) -> bytes:
         try:
-            return self._frame.decompress(block, _MOST_CONTENT)
+            return self._frame.decompress(block, self._most_content)
         except OSError as error:  # bz2's word for damage
             raise EOFError(str(error)) from None
 

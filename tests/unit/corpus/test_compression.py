@@ -1,17 +1,23 @@
 """Compressed files: all of their content comes out, also what precedes damage, and the damage is named."""
 
 import bz2
+import contextlib
 import gzip
 import io
 import lzma
 import os
+import random
+import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import zstandard
 
+from megagpt.corpus.compression import decompressed
 from megagpt.corpus.records import BadRecord
+from megagpt.corpus.sources import Compression
 from tests.unit.corpus.test_reading import line_of, read, texts
 
 _COMPRESS: dict[str, Callable[[bytes], bytes]] = {
@@ -31,6 +37,14 @@ def compress(content: bytes, suffix: str) -> bytes:
     with compressor.stream_writer(streamed, closefd=False) as writer:
         writer.write(content[100:])
     return compressor.compress(content[:100]) + streamed.getvalue()
+
+
+_BYTEWISE: dict[str, Callable[[], Any]] = {
+    ".gz": lambda: zlib.decompressobj(31),
+    ".zst": lambda: zstandard.ZstdDecompressor().decompressobj(),
+    ".bz2": bz2.BZ2Decompressor,
+    ".xz": lzma.LZMADecompressor,
+}
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2", ".xz"])
@@ -73,3 +87,39 @@ def test_a_file_that_is_not_compressed_as_its_name_says_is_named(tmp_path: Path,
     (bad,) = read(tmp_path / f"a.jsonl{suffix}")
     assert isinstance(bad, BadRecord)
     assert (bad.reason, bad.position) == ("damaged compression", 0)
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2", ".xz"])
+def test_no_document_before_a_damaged_byte_is_lost_that_a_decompressor_can_give(tmp_path: Path, suffix: str) -> None:
+    """What can be given: what the library gives when it gets the file byte by byte."""
+    rng = random.Random(4)
+    content = b"".join(line_of(f"{number} {rng.randbytes(200).hex()}", True) + b"\n" for number in range(3000))
+    compressed = bytearray(compress(content, suffix))
+    place = int(0.7 * len(compressed))
+    compressed[place : place + 20] = bytes(20)
+    known = b""
+    rest = bytes(compressed)
+    decompressor = _BYTEWISE[suffix]()
+    with contextlib.suppress(zlib.error, lzma.LZMAError, OSError, EOFError, zstandard.ZstdError):
+        while rest:
+            known += decompressor.decompress(rest[:1])
+            rest = rest[1:]
+            if decompressor.eof:
+                rest = (decompressor.unused_data + rest).lstrip(b"\0")
+                decompressor = _BYTEWISE[suffix]()
+    assert rest  # it met the damage
+    (tmp_path / f"a.jsonl{suffix}").write_bytes(compressed)
+    records = read(tmp_path / f"a.jsonl{suffix}")
+    assert isinstance(records[-1], BadRecord)
+    assert records[-1].reason == "damaged compression"
+    assert len(records) - 1 == known.count(b"\n")
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".zst", ".bz2", ".xz"])
+@pytest.mark.parametrize("size", [1, 100, 1 << 16, (1 << 18) + 1, 3_000_000])
+def test_content_of_any_size_comes_out_whole(suffix: str, size: int) -> None:
+    content = random.Random(size).randbytes(size // 2) + bytes(size - size // 2)
+    names = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
+    stream = decompressed(io.BytesIO(compress(content, suffix)), cast(Compression, names[suffix]))
+    parts = list(iter(lambda: stream.read(70_001), b""))
+    assert b"".join(parts) == content

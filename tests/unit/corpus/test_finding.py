@@ -12,7 +12,7 @@ from megagpt.corpus.plan import cut_into_chunks
 from megagpt.corpus.records import BadRecord, Document
 from megagpt.corpus.sources import SourceFile
 from megagpt.errors import UserError
-from tests.unit.corpus.test_reading import read
+from tests.unit.corpus.test_reading import read, texts
 
 
 def names(tmp_path: Path, *inputs: str) -> list[str]:
@@ -81,6 +81,64 @@ def test_messages_stay_on_one_line_whatever_the_name_of_the_file(tmp_path: Path)
 def test_a_name_with_characters_of_patterns_is_a_file_if_there_is_one(tmp_path: Path) -> None:
     (tmp_path / "a[1].txt").write_text("x")
     assert names(tmp_path, "a[1].txt") == ["a[1].txt"]
+
+
+def test_a_list_stands_for_the_inputs_that_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a.txt", "b/1.txt", "b/2.txt", "c.txt", "@d.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "list").write_text(f"\ufeff{tmp_path}/a.txt\n\n  # not this: c.txt\r\n{tmp_path}/b/*.txt \n")
+    monkeypatch.chdir(tmp_path)
+    assert [file.name for file in find_files(["@list", "./@d.txt"])] == [
+        *([f"{tmp_path}/a.txt", f"{tmp_path}/b/1.txt", f"{tmp_path}/b/2.txt"]),
+        "@d.txt",
+    ]
+    for content, message in (
+        (b"", "input @list: the list names no input"),
+        (b"@other\n", "input @list: lists @other; a list cannot hold another"),
+        (b"\xff", "input @list: the list cannot be read: it is not UTF-8"),
+        (b"no.txt", "input no.txt: no such file"),
+    ):
+        (tmp_path / "list").write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            find_files(["@list"])
+    with pytest.raises(UserError, match="input @nothing: the list cannot be read: No such file"):
+        find_files(["@nothing"])
+
+
+def test_a_format_holds_for_all_files_whatever_their_names_say(tmp_path: Path) -> None:
+    (tmp_path / "c4.json").write_text('{"text": "one"}\n{"text": "two"}\n')
+    (tmp_path / "a.parquet").write_text('{"text": "three"}\n')
+    assert texts(read(tmp_path, chunk_bytes=5, format="jsonl")) == ["three", "one", "two"]
+    (as_lines,), (as_text,) = (find_files([str(tmp_path / "c4.json")], format=format) for format in ("jsonl", "auto"))
+    assert as_lines.identity != as_text.identity
+    assert as_text.kind == "text"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_may_not_be_read_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("x")
+    (tmp_path / "secret.txt").chmod(0)
+    with pytest.raises(UserError, match=r"secret\.txt: cannot be read: Permission denied"):
+        find_files([str(tmp_path)])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become somebody else")
+def test_a_file_that_another_user_may_not_read_is_an_error_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "secret.txt").write_text("x")
+    (tmp_path / "secret.txt").chmod(0)
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setresuid(65534, 65534, 65534)
+            find_files([str(tmp_path)])
+        except UserError as error:
+            os._exit(0 if "secret.txt: cannot be read: Permission denied" in str(error) else 2)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_inputs_that_lead_nowhere_are_errors_that_name_them(tmp_path: Path) -> None:
