@@ -219,7 +219,7 @@ class ExecutionConfig(Section):
     keep_work: bool = False
     """Whether the intermediate files stay after success, too."""
     chunk_mb: float | None = Field(None, gt=0)
-    """Input a task reads, in MiB; null: by the size of the input, 1 to 64."""
+    """Input a task reads, in MiB; null: by the size of the input: 4 to 64, above 1 TiB more."""
     tokenizer_backend: Literal["auto", "tiktoken", "gigatoken"] = "auto"
     """Who encodes: auto takes gigatoken where it is installed and proven to give tiktoken's ids."""
     vocab_dir: str | None = None

@@ -19,7 +19,7 @@ import numpy as np
 from megagpt.corpus.config import CorpusConfig
 from megagpt.corpus.executor import LocalPool, Observer, Pool, StageResult
 from megagpt.corpus.output import run_folders
-from megagpt.corpus.plan import Chunk, Plan, make_plan
+from megagpt.corpus.plan import Chunk, Plan, cut_into_chunks, make_plan
 from megagpt.corpus.reasons import STAGES
 from megagpt.corpus.sources import Piece
 from megagpt.corpus.stages import Results, Stages
@@ -31,6 +31,7 @@ from megagpt.tokenizer import load_tokenizer
 SAMPLE_PIECES, SAMPLE_BYTES = 48, 1 << 20
 """The sample: so many places in the input, and about so many bytes read at each."""
 
+_MOST_PIECES = 1 << 16  # that the input is cut into to choose from
 _INDEX_BYTES = 20  # of a document in .idx
 
 
@@ -103,7 +104,8 @@ def sample_chunks(plan: Plan) -> tuple[list[Chunk], list[int | None]]:
     Of files that can only be read from their beginning, and of Parquet files, whose row groups may be large, that is
     the beginning, for all places in the file.
     """
-    pieces = [piece for chunk in plan.chunks for piece in chunk.pieces]
+    step = max(SAMPLE_BYTES, sum(file.size for file in plan.files) // _MOST_PIECES)
+    pieces = [piece for chunk in cut_into_chunks(plan.files, step) for piece in chunk.pieces]
     ends = np.cumsum([piece.stop - piece.start for piece in pieces])
     if ends[-1] <= SAMPLE_PIECES * SAMPLE_BYTES:
         return plan.chunks, [None] * len(plan.chunks)

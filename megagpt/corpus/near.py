@@ -11,7 +11,7 @@ edges. Costs 4 x num_perm + 12 x bands bytes a document on disk; memory is bound
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ Verify = Callable[[Int64, Int64], npt.NDArray[np.bool_]]
 KEY = np.dtype([("key", "<u8"), ("number", "<u4")])
 """A document's key in a band and its number within the part."""
 
+_KEYS_NAME = "keys.bin"
 _MOST_LEADERS = 16  # documents of a bucket that others are compared with: bounds the work on huge buckets
 _ROW_BLOCK = 1 << 12  # signatures whose keys are computed at once, so that they stay in the processor's cache
 _MEMBER_BLOCK = 1 << 16  # members of buckets whose signatures are held at once
@@ -41,7 +42,7 @@ _MEMBER_BLOCK = 1 << 16  # members of buckets whose signatures are held at once
 
 @dataclass(frozen=True)
 class KeysTask:
-    """The keys of one part: band_00.bin and so on, with a KEY for every document but exact duplicates, sorted."""
+    """The keys of one part: keys.bin, for each band in turn a KEY of every document but exact duplicates, sorted."""
 
     part: Part
     exact: list[Path]
@@ -61,11 +62,12 @@ class KeysTask:
             block = np.ascontiguousarray(signatures[numbers[start : start + _ROW_BLOCK], : bands * rows].T)
             for band in range(bands):
                 keys[band, start : start + _ROW_BLOCK] = band_keys(block[band * rows : (band + 1) * rows])
-        for band in range(bands):
-            records = np.empty(numbers.size, KEY)
-            order = np.argsort(keys[band], kind="stable")
-            records["key"], records["number"] = keys[band][order], numbers[order]
-            records.tofile(folder / _band_name(band))
+        with open(folder / _KEYS_NAME, "wb") as file:
+            for band in range(bands):
+                records = np.empty(numbers.size, KEY)
+                order = np.argsort(keys[band], kind="stable")
+                records["key"], records["number"] = keys[band][order], numbers[order]
+                file.write(records.data)
         return {"documents": numbers.size}
 
 
@@ -119,7 +121,9 @@ class BandTask:
         """See the class; counts candidates, edges, and each document as its share of the bands."""
         runs = []
         for part in self.documents.parts:
-            run = Run.of(self.keys[part.number] / _band_name(self.band), KEY, part.first)
+            keys = Run.of(self.keys[part.number] / _KEYS_NAME, KEY, part.first)
+            count = len(keys) // self.dedup.banding[0]
+            run = replace(keys, start=self.band * count, stop=(self.band + 1) * count)
             runs.append(run.between("key", self.range.low, self.range.high))
         edges = 0
         stars = Stars(self._similar)
@@ -195,7 +199,3 @@ def _is_new(values: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
     new = np.ones(values.size, bool)
     new[1:] = values[1:] != values[:-1]
     return new
-
-
-def _band_name(band: int) -> str:
-    return f"band_{band:02d}.bin"

@@ -24,7 +24,7 @@ PIPELINE_VERSION = 2
 """Part of every plan's hash; raised when a change of the code changes what comes out."""
 
 _LIBRARIES = ("datasketch", "ftfy", "numpy", "orjson", "py3langid", "scipy", "tiktoken", "xxhash", "zstandard")
-_SMALLEST_CHUNK, _LARGEST_CHUNK = 1 << 20, 1 << 26
+_SMALLEST_CHUNK, _LARGEST_CHUNK = 1 << 22, 1 << 26
 _MOST_CHUNKS = 1 << 14  # beyond which chunks grow
 
 

@@ -8,6 +8,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import mmap
 import os
 import shutil
 import time
@@ -201,6 +202,9 @@ def write_array(path: Path, array: npt.NDArray[Any]) -> None:
 
 def map_array(path: Path, dtype: npt.DTypeLike, columns: int | None = None) -> npt.NDArray[Any]:
     """The elements in a file as a read-only array (elements), or (elements / columns, columns), without reading it."""
-    empty = path.stat().st_size == 0  # which cannot be mapped
-    array = np.empty(0, dtype) if empty else np.memmap(path, dtype, mode="r")
+    with open(path, "rb") as file:
+        if os.fstat(file.fileno()).st_size == 0:  # which cannot be mapped
+            array = np.empty(0, dtype)
+        else:
+            array = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype)
     return array if columns is None else array.reshape(-1, columns)
