@@ -33,7 +33,8 @@ def read_parquet(
     try:
         file = pq.ParquetFile(raw, buffer_size=_STREAM_BYTES, pre_buffer=False)
         _check_column(file.schema_arrow, text_key)
-        column = file.metadata.schema.names.index(text_key)
+        leaves = [file.metadata.schema.column(number).path for number in range(file.metadata.num_columns)]
+        column = leaves.index(text_key)
     except (*_DAMAGE_ERRORS, BadRecordError) as error:
         if piece.start == 0:  # once for the file
             yield _damaged(0, error)

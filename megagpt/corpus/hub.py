@@ -9,6 +9,7 @@ tried a few times; then the run ends, and can be continued.
 import contextlib
 import dataclasses
 import io
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,7 @@ _DATASETS_URL = f"{HUB_SCHEME}datasets/"
 _FORMAT_OF_MODULE: dict[str, Format] = {"json": "jsonl", "parquet": "parquet", "arrow": "arrow", "text": "auto"}
 """What the files of a dataset hold, by the module of `datasets` that reads them; auto: what their names say."""
 
-_RANGE_BYTES = 8 << 20
+_LEAST_BYTES, _MOST_BYTES = 1 << 16, 8 << 20  # of a request
 _TIMEOUT_SECONDS = 10.0  # of connecting, and of waiting for the next bytes
 _WAITS_SECONDS = (0.5, 1.5)  # before the second and the third try
 _LONGEST_WAIT_SECONDS = 300.0  # that a busy hub can ask for: its limits of requests are for five minutes
@@ -77,6 +78,7 @@ def _data_files(where: str, dataset: str, commit: str, choice: Sequence[str]) ->
     import datasets
 
     datasets.disable_progress_bars()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # such as warnings of dataset cards without metadata
     configs = datasets.get_dataset_config_names(dataset, revision=commit)
     config, split = _config_and_split(choice, configs)
     config = config or (configs[0] if len(configs) == 1 else None)
@@ -153,9 +155,9 @@ def _line(error: BaseException) -> str:
 # Content
 
 
-def open_hub_file(file: SourceFile) -> io.BufferedReader:
-    """The content of a file on the hub, which can seek."""
-    return io.BufferedReader(_HubFile(file), _RANGE_BYTES)
+def open_hub_file(file: SourceFile, wanted: int) -> io.BufferedReader:
+    """The content of a file on the hub, which can seek, and of which about `wanted` bytes will be read."""
+    return io.BufferedReader(_HubFile(file), min(max(wanted, _LEAST_BYTES), _MOST_BYTES))
 
 
 class _HubFile(io.RawIOBase):
@@ -189,7 +191,7 @@ class _HubFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         """As io.RawIOBase has it."""
-        stop = min(self._position + min(len(buffer), _RANGE_BYTES), self._file.size)
+        stop = min(self._position + min(len(buffer), _MOST_BYTES), self._file.size)
         if stop <= self._position:
             return 0
         content = self._fetch(self._position, stop)

@@ -57,7 +57,7 @@ def read_piece(
     if piece.file.obstacle:
         yield BadRecord(0, None, NO_FILE, piece.file.obstacle)
         return
-    with _open(piece.file) as raw:
+    with _open(piece) as raw:
         if piece.file.size == 0:
             yield BadRecord(0, None, EMPTY, "the file has no bytes")
             return
@@ -93,9 +93,10 @@ def _read_stream(
 
 
 @contextlib.contextmanager
-def _open(file: SourceFile) -> Iterator[IO[bytes]]:
+def _open(piece: Piece) -> Iterator[IO[bytes]]:
+    file = piece.file
     if file.is_on_hub:
-        with open_hub_file(file) as content:
+        with open_hub_file(file, piece.stop - piece.start) as content:
             yield content
         return
     with open(file.name, "rb", buffering=_BUFFER_BYTES) as raw:

@@ -89,6 +89,12 @@ def test_a_missing_or_wrong_column_is_one_bad_record_that_names_those_there_are(
     assert read(path, chunk_bytes, "id") == [BadRecord(0, None, "wrong type", wrong)]
 
 
+def test_a_field_of_another_column_is_not_taken_for_the_column(tmp_path: Path) -> None:
+    table = pa.table({"meta": [{"text": "wrong"}] * 3, "text": ["one", "two", "three"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert texts(read(tmp_path)) == ["one", "two", "three"]
+
+
 def test_folders_that_datasets_saved_give_the_rows_of_their_data_files_alone(tmp_path: Path) -> None:
     train = datasets.Dataset.from_dict({"text": [f"train {i}" for i in range(25)]})
     test = datasets.Dataset.from_dict({"text": [f"test {i}" for i in range(5)]})

@@ -180,6 +180,32 @@ def test_a_connection_that_breaks_once_is_tried_again_and_one_that_stays_broken_
         assert "run the same command again to go on" in error
 
 
+def test_a_run_that_the_network_ended_is_continued_by_the_same_command(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("execution: {chunk_mb: 0.2, workers: 1}\ndedup: {method: exact}\n")
+    arguments = ("--config", "config.yaml", "--input", "hf:org/plain", "--tokenizer", "bytes", "--output")
+    whole = preprocess(hub, tmp_path, *arguments, "whole")
+    assert (whole.returncode, whole.stderr) == (0, "")
+    hub.breaks_at = 1_000_000
+    broken = preprocess(hub, tmp_path, *arguments, "out")
+    assert broken.returncode == 1
+    assert re.search(rf"^error: .*hf://datasets/org/plain@{COMMIT}/train.jsonl.* bytes \d+ to", broken.stderr, re.M)
+    assert "Traceback" not in broken.stderr
+    hub.breaks_at = None
+    again = preprocess(hub, tmp_path, *arguments, "out")
+    assert (again.returncode, again.stderr) == (0, "")
+    assert "from an earlier run" in again.stdout
+    for name in ("train.bin", "train.idx", "validation.bin", "validation.idx"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def preprocess(hub: Hub, folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """The command, run in `folder`."""
+    variables = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    variables |= {"HF_HOME": str(folder / "home"), "HF_ENDPOINT": hub.url, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tools.preprocess", *arguments]
+    return subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=120)
+
+
 def test_the_commit_is_what_tells_a_file_from_itself_before_a_change() -> None:
     one, other = (SourceFile(f"hf://datasets/a@{commit}/b.jsonl.gz", 1, 0, False) for commit in "12")
     assert one.identity != other.identity
