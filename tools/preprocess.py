@@ -22,22 +22,21 @@ if __name__ == "__main__":
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Display
 
 from megagpt.config.loading import load_section
-from megagpt.corpus import CorpusConfig, Progress, Report, preprocess
+from megagpt.corpus import CorpusConfig, Report, preprocess
+from megagpt.corpus.display import display
 from megagpt.corpus.estimate import Estimate
 from megagpt.corpus.estimate import estimate as corpus_estimate
-from megagpt.corpus.executor import Observer, Pool, mpi_pool
+from megagpt.corpus.executor import Pool, mpi_pool
 from megagpt.corpus.output import REPORT_NAME
 from megagpt.corpus.quarantine import QUARANTINE_NAME
+from megagpt.corpus.report import TITLES
 from megagpt.corpus.sources import Format, one_line
 from megagpt.errors import UserError
 from tools.command import fail, run_command, single_command
 
 NAME = "python -m tools.preprocess"
-_SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_TO_FORWARD = 1.0  # a launcher that is told to abort drops what it has not yet forwarded of our output
 # What launchers tell each process about how many they started: MPICH and Slurm's PMI, Open MPI, srun.
 _LAUNCHER_VARIABLES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
@@ -203,14 +202,14 @@ def _abort(code: int) -> NoReturn:
 
 def _run(config: CorpusConfig, pool: Pool | None, overwrite: bool) -> None:
     console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
-    with _display(console) as observe:
+    with display(console) as observe:
         report = preprocess(config, pool, observe, overwrite)
     _print_summary(console, report)
 
 
 def _estimate(config: CorpusConfig, pool: Pool | None) -> None:
     console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
-    with _display(console) as observe:
+    with display(console) as observe:
         found = corpus_estimate(config, pool, observe)
     _print_estimate(console, found)
 
@@ -251,6 +250,9 @@ def _print_summary(console: Console, report: Report) -> None:
         console.print(f"{output}: already finished by an earlier run of the same plan; nothing to do")
     for name, count in report.funnel:
         console.print(f"{name:<32}{count:>14,}")
+        for removal in report.removed if name == f"removed: {TITLES['filter']}" else []:
+            if removal.stage == "filter":
+                console.print(f"{removal.documents:>14,} {removal.reason}")
     for name, split in report.splits.items():
         console.print(f"{name:<32}{split.documents:>14,} documents {split.tokens:>16,} tokens")
     if report.counts["bad"] or report.counts["harmless"]:
@@ -264,65 +266,6 @@ def _print_summary(console: Console, report: Report) -> None:
         times = ", ".join(f"{stage.name} {stage.seconds:.1f}" for stage in report.stages)
         console.print(f"{report.seconds:.1f} s, {rate} (seconds: {times})")
         console.print(f"written: {output}; what happened to the documents: {REPORT_NAME} in it")
-
-
-@contextlib.contextmanager
-def _display(console: Console) -> Iterator[Observer]:
-    """A live bar on a terminal; elsewhere a line at the end of each stage, and every ten seconds."""
-    if not console.is_terminal:
-        yield _LinePrinter(console).show
-        return
-    columns = [
-        SpinnerColumn(),
-        TextColumn("{task.description:<10}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rates]}"),
-        TimeRemainingColumn(),
-    ]
-    with Display(*columns, console=console) as display:
-        bars: dict[str, Any] = {}
-        starts: dict[str, float] = {}
-
-        def show(progress: Progress) -> None:
-            if progress.stage not in bars:
-                bars[progress.stage] = display.add_task(progress.stage, total=progress.tasks, rates="")
-                starts[progress.stage] = time.monotonic()
-            seconds = time.monotonic() - starts[progress.stage]
-            display.update(bars[progress.stage], completed=progress.done, rates=_rates(progress, seconds))
-
-        yield show
-
-
-class _LinePrinter:
-    """Plain lines for logs."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._stage = ""
-        self._stage_start = self._last_line = 0.0
-
-    def show(self, progress: Progress) -> None:
-        now = time.monotonic()
-        if progress.stage != self._stage:
-            self._stage, self._stage_start, self._last_line = progress.stage, now, now
-        if progress.done == progress.tasks or now - self._last_line >= _SECONDS_BETWEEN_LINES:
-            self._last_line = now
-            rates = _rates(progress, now - self._stage_start)
-            reused = f", {progress.reused} from an earlier run" if progress.reused else ""
-            self._console.print(f"{progress.stage:<10} {progress.done}/{progress.tasks}{reused}  {rates}".rstrip())
-
-
-def _rates(progress: Progress, seconds: float) -> str:
-    """The counts that a stage has, in words; rates only where nothing came from an earlier run."""
-    counts, parts = progress.counts, []
-    for name in ("documents", "tokens", "duplicates"):
-        if name in counts:
-            parts.append(f"{counts[name]:,.0f} {name}")
-    size = counts.get("bytes", counts.get("text_bytes"))
-    if size and seconds > 0 and not progress.reused:
-        parts.append(f"{size / 1e6 / seconds:.1f} MB/s")
-    return ", ".join(parts)
 
 
 app = single_command(preprocess_command, NAME)

@@ -75,7 +75,7 @@ class ExtractTask:
 
     def run(self, folder: Path) -> Receipt:
         """See the module; counts documents, kept ones, contaminated ones of these, bad and harmless records, bytes,
-        stored bytes, text bytes, kept text bytes, and documents and bytes by the key of each reason."""
+        stored bytes, text bytes, kept text bytes; documents and bytes by the key of each reason, and by language."""
         receipt: Receipt = dict.fromkeys(_COUNTS, 0)
         lines: dict[int, int] = {}
         with _ChunkWriter(folder, self.dedup, receipt) as writer, Position(folder) as place:
@@ -182,6 +182,8 @@ class _ChunkWriter:
         self._part_documents += 1
         self._receipt["documents"] += 1
         self._receipt["text_bytes"] += len(content)
+        if screened.language:
+            self._count("language", screened.language, len(content))
         if screened.reason is not None:
             self._add_removed(file_index, position, screened, len(content))
             return
@@ -200,13 +202,16 @@ class _ChunkWriter:
         self._receipt["kept"] += 1
         self._receipt["kept_text_bytes"] += len(content)
 
+    def _count(self, what: str, key: str, size: int) -> None:
+        for name, amount in ((f"{what} {key}", 1), (f"{what} bytes {key}", size)):
+            self._receipt[name] = self._receipt.get(name, 0) + amount
+
     def _add_removed(self, file_index: int, position: int, screened: Screened, size: int) -> None:
         reason = screened.reason
         assert reason is not None
         self._removed.write(_REMOVED.pack(file_index, position, size, reason.code))
         self._details.write(json.dumps(screened.detail).encode() + b"\n")
-        for name, amount in ((f"removed {reason.key}", 1), (f"removed bytes {reason.key}", size)):
-            self._receipt[name] = self._receipt.get(name, 0) + amount
+        self._count("removed", reason.key, size)
         examples = self._examples[reason.key]
         if len(examples) < EXAMPLES_PER_REASON:
             text = screened.text[:EXAMPLE_CHARACTERS]

@@ -17,7 +17,7 @@ from megagpt.data.atomic import fsync_path
 from megagpt.data.manifest import FILE_NAME, Manifest
 from megagpt.errors import UsageError, UserError
 
-REPORT_NAME = "report.html"
+REPORT_NAME, DATA_NAME = "report.html", "report.json"
 
 
 def run_folders(config: CorpusConfig) -> tuple[Path, Path]:
@@ -93,7 +93,7 @@ def check_replaceable(output: Path, overwrite: bool) -> None:
         raise UserError(
             f"{where}: exists, made from other input or with other options; choose another, or give --overwrite"
         )
-    own = {FILE_NAME, REPORT_NAME, *manifest.checksums}
+    own = {FILE_NAME, REPORT_NAME, DATA_NAME, *manifest.checksums}
     own |= {f"{split}.{suffix}" for split in manifest.splits for suffix in ("bin", "idx", "ids")}
     for path in sorted(output.iterdir()):
         if path.name not in own or not path.is_file():

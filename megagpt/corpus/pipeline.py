@@ -12,7 +12,9 @@ from pathlib import Path
 
 from megagpt.corpus.config import CorpusConfig
 from megagpt.corpus.executor import LocalPool, Observer, Pool, Progress
+from megagpt.corpus.gather import make_report
 from megagpt.corpus.output import (
+    DATA_NAME,
     REPORT_NAME,
     check_replaceable,
     finished,
@@ -26,7 +28,7 @@ from megagpt.corpus.output import (
 from megagpt.corpus.plan import make_plan
 from megagpt.corpus.quarantine import CONTAMINATED_NAME, QUARANTINE_NAME, check_bad_ratio, write_contaminated
 from megagpt.corpus.removed import write_removed
-from megagpt.corpus.report import Report, StageTime, render_html
+from megagpt.corpus.report import Report, StageTime
 from megagpt.corpus.stages import Results, Stages
 from megagpt.corpus.workspace import BusyError, open_workspace, remove_workspace, workspace_exists
 from megagpt.corpus.write import join
@@ -103,8 +105,10 @@ def _publish(run: Stages, results: Results, output: Path, overwrite: bool, start
         shutil.copyfile(results.quarantine, aside / QUARANTINE_NAME)
         if run.plan.evaluation and run.config.decontaminate.action == "report":
             write_contaminated(aside / CONTAMINATED_NAME, results.stages["extract"].folders, run.plan.files)
-        report = Report(Path(run.config.output), results.counts, splits, results.times, time.monotonic() - start)
-        _describe(run, aside, report, results.bad)
+        _describe(run, results, splits, aside)
+        report = make_report(run.config, run.plan, results, splits, run.folder, time.monotonic() - start)
+        (aside / DATA_NAME).write_text(report.to_json(), encoding="ascii")
+        (aside / REPORT_NAME).write_text(report.to_html(), encoding="utf-8", errors="backslashreplace")
     return report
 
 
@@ -120,16 +124,14 @@ def _join(run: Stages, results: Results, folder: Path) -> dict[str, SplitInfo]:
     return splits
 
 
-def _describe(run: Stages, folder: Path, report: Report, bad: dict[str, int]) -> None:
-    """Write the manifest, the report and a copy of an own tokenizer."""
+def _describe(run: Stages, results: Results, splits: dict[str, SplitInfo], folder: Path) -> None:
+    """Write the manifest and a copy of an own tokenizer."""
     tokenizer, plan = run.tokenizer, run.plan
     copy = None
     if tokenizer.path is not None:
         copy = f"tokenizer{tokenizer.path.suffix}"
         write_rank_file(tokenizer.ranks, folder / copy)  # and not what its file may have become meanwhile
     checksums = {path.name: FileChecksum.of(path) for path in sorted(folder.iterdir())}
-    page = render_html(report, plan.config, plan.versions, bad, plan.hash)
-    (folder / REPORT_NAME).write_text(page, encoding="utf-8", errors="backslashreplace")
     Manifest(
         tokenizer=TokenizerInfo(
             name=run.config.tokenizer,
@@ -138,8 +140,8 @@ def _describe(run: Stages, folder: Path, report: Report, bad: dict[str, int]) ->
             eod_id=tokenizer.eod_id,
             file=copy,
         ),
-        splits=report.splits,
-        counts=report.counts,
+        splits=splits,
+        counts=results.counts,
         checksums=checksums,
         config=plan.config,
         versions=plan.versions,

@@ -5,8 +5,9 @@ detail; what does not apply is null.
 """
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,38 @@ from megagpt.errors import UserError
 
 QUARANTINE_NAME = "quarantine.jsonl"
 CONTAMINATED_NAME = "contaminated.jsonl"
+_EXAMPLES_PER_REASON = 3
 
 
-def write_quarantine(path: Path, chunks: Sequence[Path], files: Sequence[SourceFile]) -> dict[str, int]:
-    """Write the list from the results of the stage `extract`; return the number of records by reason."""
+@dataclass(frozen=True)
+class Quarantined:
+    """What could not be read for one reason."""
+
+    reason: str
+    is_harmless: bool
+    """Whether nothing that was text is lost by it."""
+    records: int
+    examples: list[dict[str, Any]]
+    """The first of them, as the list has them."""
+
+
+def write_quarantine(path: Path, chunks: Sequence[Path], files: Sequence[SourceFile]) -> list[Quarantined]:
+    """Write the list from the results of the stage `extract`; return its summary, the most frequent reason first."""
     reasons: Counter[str] = Counter()
+    examples: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     with open(path, "w", encoding="utf-8") as file:
         for record in _records(chunks, files):
-            reasons[record["reason"]] += 1
+            reason = record["reason"]
+            reasons[reason] += 1
+            if len(examples[reason]) < _EXAMPLES_PER_REASON:
+                examples[reason].append(record)
             file.write(json.dumps(record) + "\n")
-    return dict(reasons.most_common())
+    return [Quarantined(reason, reason in HARMLESS, count, examples[reason]) for reason, count in reasons.most_common()]
+
+
+def place(record: dict[str, Any]) -> str:
+    """Where in its file an entry of the list is, in words."""
+    return next(f"{unit} {record[unit]}" for unit in ("line", "row", "byte") if record[unit] is not None)
 
 
 def check_bad_ratio(path: Path, bad: int, documents: int, max_bad: float) -> None:
@@ -34,8 +57,7 @@ def check_bad_ratio(path: Path, bad: int, documents: int, max_bad: float) -> Non
         return
     with open(path, encoding="utf-8") as file:
         first = next(record for record in map(json.loads, file) if record["reason"] not in HARMLESS)
-    place = next(f"{unit} {first[unit]}" for unit in ("line", "row", "byte") if first[unit] is not None)
-    where = f"{one_line(first['file'])}, {place}"
+    where = f"{one_line(first['file'])}, {place(first)}"
     raise UserError(
         f"{bad:,} of {documents + bad:,} documents cannot be read ({bad / (documents + bad):.1%}, more than --max-bad "
         f"{max_bad}); the first: {where}: {first['reason']} ({first['detail']}); all of them: {one_line(path)}; "

@@ -7,6 +7,7 @@ from megagpt.corpus.clean import clean
 from megagpt.corpus.config import CleanConfig, DecontaminateConfig, FilterConfig
 from megagpt.corpus.decontaminate import open_index
 from megagpt.corpus.filters import first_failure
+from megagpt.corpus.filters.measured import Measured
 from megagpt.corpus.reasons import CONTAMINATED, EMPTY, Reason
 
 
@@ -22,6 +23,8 @@ class Screened:
     """What exactly, for the lists."""
     contamination: str = ""
     """What a document that stays shares with evaluation data; empty: nothing."""
+    language: str = ""
+    """Its likeliest language, as ISO 639 code; empty: nobody looked for it."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,17 @@ class Screening:
             text = clean(text, self.clean)
         if not text:
             return Screened(text, EMPTY)
-        if self.filter.enabled and (failure := first_failure(text, self.filter)):
-            return Screened(text, *failure)
+        language = ""
+        if self.filter.enabled:
+            measured = Measured(text)
+            failure = first_failure(measured, self.filter)
+            language = measured.language
+            if failure:
+                return Screened(text, *failure, language=language)
         shared = self._contamination(text)
         if shared and self.decontaminate.action == "drop":
-            return Screened(text, CONTAMINATED, shared)
-        return Screened(text, contamination=shared)
+            return Screened(text, CONTAMINATED, shared, language=language)
+        return Screened(text, contamination=shared, language=language)
 
     def _contamination(self, text: str) -> str:
         if self.evaluation is None:

@@ -21,7 +21,7 @@ from megagpt.corpus.extract import ExtractTask
 from megagpt.corpus.hashing import UInt64
 from megagpt.corpus.near import BandTask, KeysTask
 from megagpt.corpus.plan import Plan
-from megagpt.corpus.quarantine import QUARANTINE_NAME, check_bad_ratio, write_quarantine
+from megagpt.corpus.quarantine import QUARANTINE_NAME, Quarantined, check_bad_ratio, write_quarantine
 from megagpt.corpus.reasons import REASONS, STAGES
 from megagpt.corpus.report import StageTime
 from megagpt.corpus.screening import Screening
@@ -47,7 +47,7 @@ class Results:
     """Results of the stage `write` by split, for every split that has documents."""
     quarantine: Path
     """The list of what could not be read."""
-    bad: dict[str, int]
+    bad: list[Quarantined]
     """Its records by reason."""
     times: list[StageTime]
     """The stages in order."""
@@ -106,8 +106,8 @@ class Stages:
         ]
         return self._stage("extract", tasks)
 
-    def _quarantine(self, path: Path, chunks: list[Path]) -> dict[str, int]:
-        """Write the list of what could not be read; return the number of records by reason."""
+    def _quarantine(self, path: Path, chunks: list[Path]) -> list[Quarantined]:
+        """Write the list of what could not be read; return its records by reason."""
         try:
             return write_quarantine(path, chunks, self.plan.files)
         except OSError as error:
@@ -185,7 +185,7 @@ class Stages:
     def _stage(self, name: str, tasks: Sequence[Task]) -> StageResult:
         start = time.monotonic()
         result = run_stage(self.pool, self.folder / name, tasks, self.observe)
-        self.times.append(StageTime(name, len(tasks), result.reused, time.monotonic() - start))
+        self.times.append(StageTime.of(name, result, time.monotonic() - start))
         self.results[name] = result
         return result
 

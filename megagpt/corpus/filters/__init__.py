@@ -70,10 +70,9 @@ CHECKS: tuple[tuple[Reason, Check], ...] = (
 )
 
 
-def first_failure(text: str, config: FilterConfig) -> tuple[Reason, str] | None:
+def first_failure(document: Measured, config: FilterConfig) -> tuple[Reason, str] | None:
     """The first check that the document fails, and what was measured; None: it stays."""
-    measured = Measured(text)
     for reason, check in CHECKS:
-        if (detail := check(measured, config)) is not None:
+        if (detail := check(document, config)) is not None:
             return reason, detail
     return None

@@ -23,6 +23,7 @@ def wrong_language(document: Measured, config: FilterConfig) -> str | None:
         return None
     excerpts = _excerpts(document.text)
     language, probability = _identifier().classify(excerpts)
+    document.language = language
     if language in config.languages and probability >= config.min_language_probability:
         return None
     ranking = _identifier().rank(excerpts)

@@ -26,6 +26,7 @@ class Measured:
     def __init__(self, text: str) -> None:
         self.text = text
         self.sample = text[:SAMPLE]
+        self.language = ""  # the likeliest, once the filter of languages has looked for it
         self._repeated_shares: dict[int, float] = {}
 
     @cached_property

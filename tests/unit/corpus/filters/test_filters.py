@@ -24,7 +24,7 @@ OFF = {
 
 def failure(text: str, **checks: Any) -> tuple[str, str] | None:
     """Name of the check that fails and what it says, with all others turned off."""
-    found = first_failure(text, FilterConfig.model_validate(OFF | checks))
+    found = first_failure(Measured(text), FilterConfig.model_validate(OFF | checks))
     return (found[0].name, found[1]) if found else None
 
 
@@ -250,8 +250,8 @@ def _groups(text: str) -> list[list[str]]:
 
 def test_with_the_default_thresholds_a_text_that_is_said_twice_goes_for_its_runs() -> None:
     once = " ".join(texts.PROSE.split())
-    assert first_failure(once, FilterConfig()) is None
-    found = first_failure(f"{once} {once}", FilterConfig())
+    assert first_failure(Measured(once), FilterConfig()) is None
+    found = first_failure(Measured(f"{once} {once}"), FilterConfig())
     assert found is not None
     assert found[0].name == "duplicate_5grams"
     assert found[1].startswith("0.500 ")
@@ -306,4 +306,4 @@ def test_lengths_of_words_are_in_characters(text: str) -> None:
 @given(st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from(" \n.#…-"), max_size=80))
 def test_no_text_breaks_the_filters(text: str) -> None:
     thresholds = {"min_words": None, "min_characters": None, "max_short_lines": 0.9, "min_sentences": 1}
-    first_failure(text, FilterConfig.model_validate(thresholds))
+    first_failure(Measured(text), FilterConfig.model_validate(thresholds))
