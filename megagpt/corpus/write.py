@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from megagpt.corpus.documents import Documents
 from megagpt.corpus.exact import KeyRange
@@ -42,35 +43,40 @@ class WriteTask:
 
     def run(self, folder: Path) -> Receipt:
         """See the class; counts documents and tokens."""
-        found = [np.empty(0, TOKENIZED)]
-        tokens = [np.empty(0, self.dtype)]
+        stretches = self._stretches()
+        tokens = np.empty(sum(int(index["tokens"].sum()) for _, index in stretches), self.dtype)
         loaded = 0
-        for part in self.parts:
-            path = part / f"index_{self.split}.bin"
-            if not path.exists():
-                continue
-            run = Run.of(path, TOKENIZED).between("key", self.low, self.high)
-            if not len(run):
-                continue
-            index = run.read(0, len(run))
-            count, begin = int(index["tokens"].sum()), int(index["begin"][0])
-            offset = begin * np.dtype(self.dtype).itemsize
-            tokens.append(np.fromfile(part / f"tokens_{self.split}.bin", self.dtype, count, offset=offset))
-            index["begin"] += np.uint64(loaded) - np.uint64(begin)  # modulo 2^64
-            found.append(index)
+        for path, index in stretches:
+            begin, count = int(index["begin"][0]), int(index["tokens"].sum())
+            with open(path, "rb") as file:
+                file.seek(begin * tokens.itemsize)
+                if file.readinto(tokens[loaded : loaded + count].view(np.uint8).data) != count * tokens.itemsize:
+                    raise OSError(f"{path}: ends before token {begin + count}")
+            index["begin"] -= np.uint64(begin)
+            index["begin"] += np.uint64(loaded)
             loaded += count
-        index = np.concatenate(found)
+        index = np.concatenate([np.empty(0, TOKENIZED), *(index for _, index in stretches)])
         index = index[np.argsort(index["key"], kind="stable")]
-        all_tokens = np.concatenate(tokens)
         ends = (index["begin"] + index["tokens"]).tolist()
         with open(folder / "tokens.bin", "wb") as file:
             for begin, end in zip(index["begin"].tolist(), ends, strict=True):
-                file.write(all_tokens[begin:end].data)
+                file.write(tokens[begin:end].data)
         write_array(folder / "lengths.bin", index["tokens"].astype(np.int64))
         ids = np.empty(index.size, ORIGIN)
         ids["file"], ids["position"] = index["file"], index["position"]
         write_array(folder / "ids.bin", ids)
-        return {"documents": index.size, "tokens": all_tokens.size}
+        return {"documents": index.size, "tokens": tokens.size}
+
+    def _stretches(self) -> list[tuple[Path, npt.NDArray[np.void]]]:
+        """The files with tokens of the task's documents, each with the index of those."""
+        stretches = []
+        for part in self.parts:
+            path = part / f"index_{self.split}.bin"
+            if path.exists():
+                run = Run.of(path, TOKENIZED).between("key", self.low, self.high)
+                if len(run):
+                    stretches.append((part / f"tokens_{self.split}.bin", run.read(0, len(run))))
+        return stretches
 
 
 def write_tasks(
