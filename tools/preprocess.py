@@ -10,7 +10,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, NoReturn, get_args
@@ -33,7 +33,7 @@ from megagpt.corpus.output import REPORT_NAME
 from megagpt.corpus.quarantine import QUARANTINE_NAME
 from megagpt.corpus.report import TITLES
 from megagpt.corpus.sources import Format, one_line
-from megagpt.errors import UserError
+from megagpt.errors import UsageError, UserError
 from tools.command import fail, run_command, single_command
 
 NAME = "python -m tools.preprocess"
@@ -87,6 +87,9 @@ def preprocess_command(
         float | None, typer.Option(help="Similarity of near-duplicates, 0 to 1. [default: 0.8]")
     ] = None,
     validation_fraction: Annotated[float | None, typer.Option(help="Share of documents. [default: 0.01]")] = None,
+    split: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=SHARE", help="A further split, as test=0.01; may be repeated.")
+    ] = None,
     shuffle: Annotated[
         bool | None, typer.Option("--shuffle/--no-shuffle", help="Order of documents. [default: shuffle]")
     ] = None,
@@ -140,6 +143,7 @@ def preprocess_command(
         "dedup.method": dedup.value if dedup else None,
         "dedup.threshold": threshold,
         "validation_fraction": validation_fraction,
+        "splits": _named_shares(split) if split else None,
         "shuffle": shuffle,
         "seed": seed,
         "max_bad": max_bad,
@@ -160,6 +164,20 @@ def preprocess_command(
         if pool is not None:
             with _ending_all_ranks():
                 run(load_section(CorpusConfig, config, overrides), pool)
+
+
+def _named_shares(options: Sequence[str]) -> dict[str, float]:
+    shares: dict[str, float] = {}
+    for option in options:
+        name, _, share = option.partition("=")
+        try:
+            value = float(share)
+        except ValueError:
+            raise UsageError(f"--split {option}: give a name and a share of the documents, as test=0.01") from None
+        if name in shares:
+            raise UsageError(f"--split {option}: {name} has a share of {shares[name]} already; give each name once")
+        shares[name] = value
+    return shares
 
 
 class _TerminatedError(UserError):

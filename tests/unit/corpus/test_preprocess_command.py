@@ -200,7 +200,12 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
     [
         (["--output", "OUT"], 2, "input: required, but not given"),
         (["--input", "IN"], 2, "output: required, but not given"),
-        (["--input", "IN", "--output", "OUT", "--filter"], 2, "No such option: --filter"),
+        (["--input", "IN", "--output", "OUT", "--filters"], 2, "No such option: --filters"),
+        (["--input", "IN", "--output", "OUT", "--format", "word"], 2, "format: expected auto, text, jsonl"),
+        (["--input", "IN", "--output", "OUT", "--split", "test"], 2, "--split test: give a name and a share"),
+        (["--input", "IN", "--output", "OUT", "--split", "a=.1", "--split", "a=.2"], 2, "a has a share of 0.1 already"),
+        (["--input", "IN", "--output", "OUT", "--split", "train=0.1"], 2, "a split cannot be called 'train'"),
+        (["--input", "IN", "--output", "OUT", "--decontaminate", "no.jsonl"], 1, "no.jsonl: no such file"),
         (["--input", "IN", "--output", "OUT", "--dedup", "fuzzy"], 2, "'fuzzy' is not one of"),
         (["--input", "IN", "--output", "OUT", "--workers", "0"], 2, "workers: expected a whole number above 0"),
         (["--input", "IN", "--output", "OUT", "--threshold", "2"], 2, "dedup.threshold: expected a number above 0"),
@@ -226,7 +231,7 @@ def wait_until(condition: Callable[[], bool], seconds: float = 60) -> None:
         (
             ["--input", "IN/c.parquet", "--output", "OUT", "--text-key", "body"],
             1,
-            "c.parquet: no column 'body' among 'text'; choose the column with --text-key",
+            "c.parquet, row 0: missing column (no column 'body' among 'text'",
         ),
         (["--input", "IN", "--output", "/proc/out"], 1, "output /proc/out: cannot be written: "),
         (["--input", "IN", "--output", "OUT", "--work-dir", "/proc/work"], 1, "work folder /proc/work/"),
