@@ -172,7 +172,10 @@ class LocalPool:
     def dead_workers(self) -> dict[int, int]:
         """Process id and exit code of the workers that ended by themselves; all others are ended."""
         sentinels = wait_for_sentinels([process.sentinel for process in self._processes], 0)
-        ended = [process for process in self._processes if process.sentinel in sentinels]
+        # The executor may just have read the code of one, whose sentinel then is ready no more.
+        ended = [
+            process for process in self._processes if process.sentinel in sentinels or process.exitcode is not None
+        ]
         for process in self._processes:
             process.kill()  # and not terminate, which a stopped worker would not notice
         self._executor.shutdown(cancel_futures=True)
