@@ -146,8 +146,9 @@ class LocalPool:
     def __enter__(self) -> "LocalPool":
         context = multiprocessing.get_context("forkserver")  # fork is unsafe once the parent has threads
         context.set_forkserver_preload(["__main__", "megagpt.corpus.pipeline", "datasketch"])
-        resource_tracker.ensure_running()  # before the signals are blocked, which it would undo
-        with _hidden_from_children(signal.SIGINT, signal.SIGHUP):  # which a terminal sends to all its processes
+        with _hidden_from_children(signal.SIGHUP):  # which a terminal sends to all its processes, as SIGINT
+            resource_tracker.ensure_running()  # before SIGINT is blocked, which it would undo
+        with _hidden_from_children(signal.SIGINT, signal.SIGHUP):
             forkserver.ensure_running()
         self._executor = ProcessPoolExecutor(self.workers, context, _prepare_worker)
         return self
@@ -171,16 +172,13 @@ class LocalPool:
 
     def dead_workers(self) -> dict[int, int]:
         """Process id and exit code of the workers that ended by themselves; all others are ended."""
-        sentinels = wait_for_sentinels([process.sentinel for process in self._processes], 0)
-        # The executor may just have read the code of one, whose sentinel then is ready no more.
-        ended = [
-            process for process in self._processes if process.sentinel in sentinels or process.exitcode is not None
-        ]
         for process in self._processes:
-            process.kill()  # and not terminate, which a stopped worker would not notice
+            process.terminate()
+            assert process.pid is not None
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGCONT)  # one that was stopped would not notice
         self._executor.shutdown(cancel_futures=True)
-        codes = {process.pid: process.exitcode for process in ended}
-        # SIGTERM: by the executor, which ends all others when it notices that one is gone.
+        codes = {process.pid: process.exitcode for process in self._processes}
         return {pid: code for pid, code in codes.items() if pid and code not in (None, 0, -signal.SIGTERM)}
 
 
