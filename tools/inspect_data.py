@@ -1,14 +1,17 @@
 """python -m tools.inspect_data: what is in a token dataset, and whether it is whole."""
 
+import itertools
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import typer
 
+from megagpt.corpus.fate import Fate, Kept, Removed, find_fates
 from megagpt.corpus.sources import one_line
 from megagpt.data.indexed import IndexedDataset, bin_path, idx_path
 from megagpt.data.manifest import Manifest
+from megagpt.data.origins import SOURCES_NAME, ids_path, largest_file, open_ids, sources
 from megagpt.errors import UsageError, UserError
 from megagpt.tokenizer import Tokenizer, load_tokenizer
 from tools.command import run_command, single_command
@@ -22,6 +25,14 @@ def main(
     document: Annotated[
         list[int] | None, typer.Option(help="Number of a document to show, from 0; repeatable.")
     ] = None,
+    find: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ID",
+            help="Tell what became of a document: FILE:POSITION, the file by line or name of "
+            "sources.jsonl; repeatable.",
+        ),
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Most tokens to show of a document.")] = 200,
     tokenizer: Annotated[
         str | None, typer.Option(help="Tokenizer to decode with, instead of the one that the manifest names.")
@@ -34,7 +45,14 @@ def main(
     """Show counts, document lengths, origin and single documents of a token dataset; with --verify check it whole.
 
     Example: python -m tools.inspect_data data/corpus/train --document 0 --document 7 --verify
+
+    With --find tell what became of documents of the input: kept and where, removed and why, or unreadable. An ID is as
+    in removed.jsonl.zst, or has the file's name: python -m tools.inspect_data data/corpus --find 0:0 --find a.jsonl:71
     """
+    if find:
+        _print_fates(_folder(dataset), find, tokens, tokenizer, vocab_dir)
+        if not document and not verify:
+            return
     opened = [IndexedDataset(prefix) for prefix in _prefixes(dataset)]
     _check_documents(opened, document or [])
     manifests = [Manifest.of(one) for one in opened]
@@ -49,6 +67,51 @@ def main(
             _print_origin(manifest)
         if document:
             _print_documents(one, document, tokens, _find_tokenizer(one, manifest, tokenizer, vocab_dir))
+
+
+def _folder(dataset: Path) -> Path:
+    return dataset if dataset.is_dir() else dataset.parent
+
+
+def _print_fates(folder: Path, names: list[str], limit: int, tokenizer: str | None, vocab_dir: Path | None) -> None:
+    """Say what became of the documents. UserError: the run met no document of one of these names."""
+    unknown = []
+    for name, fate in zip(names, find_fates(folder, names), strict=True):
+        if fate.outcome is None:
+            unknown.append(name)
+            continue
+        print(f"{fate.id} ({one_line(fate.file)}): {_outcome(fate)}")
+        if isinstance(fate.outcome, Kept):
+            dataset = IndexedDataset(fate.outcome.prefix)
+            found = _find_tokenizer(dataset, Manifest.of(dataset), tokenizer, vocab_dir)
+            _print_tokens(dataset, fate.outcome.number, limit, found)
+    if unknown:
+        raise UserError(
+            f"--find {', '.join(unknown)}: no document began there; a position is the byte, or in columnar files the "
+            "row, at which one begins"
+        )
+
+
+def _outcome(fate: Fate) -> str:
+    outcome = fate.outcome
+    if isinstance(outcome, Kept):
+        return f"kept, {_where(outcome)}"
+    if isinstance(outcome, Removed):
+        words = f"removed by stage {outcome.stage}: {outcome.reason}"
+        if outcome.detail:
+            words += f" ({outcome.detail})"
+        if outcome.survivor:
+            words += f"; in its stead stays {outcome.survivor} ({one_line(outcome.survivor_file)})"
+            words += f", {_where(outcome.kept)}" if outcome.kept else ""
+            words += f", similarity {outcome.similarity}"
+        return words
+    assert outcome is not None
+    detail = f" ({outcome.detail})" if outcome.detail else ""
+    return f"could not be read: {outcome.reason}{detail}, {outcome.place}"
+
+
+def _where(kept: Kept) -> str:
+    return f"document {kept.number:,} of {Path(kept.prefix).name}"
 
 
 def _check_documents(datasets: list[IndexedDataset], numbers: list[int]) -> None:
@@ -107,6 +170,14 @@ def _print_origin(manifest: Manifest) -> None:
 def _verify(dataset: IndexedDataset, manifest: Manifest | None) -> None:
     smallest, largest = dataset.verify()
     print(f"  verified: every index entry; token ids are {smallest} to {largest}")
+    if (ids := open_ids(dataset.prefix, dataset.num_documents)) is not None:
+        count = sum(1 for _ in sources(Path(dataset.prefix).parent))
+        if (file := largest_file(ids)) >= count:
+            raise UserError(
+                f"{ids_path(dataset.prefix)}: names file {file}, but {SOURCES_NAME} beside it lists {count}; copy the "
+                "whole dataset again"
+            )
+        print(f"  verified: every document has an id, and its file is one of {count:,}")
     if manifest is None:
         print("  no manifest describes this dataset: no checksums to compare")
         return
@@ -131,10 +202,26 @@ def _print_documents(dataset: IndexedDataset, numbers: list[int], limit: int, to
         if number >= dataset.num_documents:
             print(f"  document {number}: not here, there are {dataset.num_documents:,}, numbered from 0")
             continue
-        ids = dataset.document(number)
-        shown = ids[:limit]
-        print(f"  document {number}: {len(ids):,} tokens" + f", the first {limit}:" * (len(ids) > limit))
-        print(tokenizer.decode(shown) if tokenizer else " ".join(map(str, shown.tolist())))
+        _print_tokens(dataset, number, limit, tokenizer, _origin(dataset, number))
+
+
+def _print_tokens(
+    dataset: IndexedDataset, number: int, limit: int, tokenizer: Tokenizer | None, origin: str = ""
+) -> None:
+    tokens = dataset.document(number)
+    shown = tokens[:limit]
+    size = f"{len(tokens):,} tokens" + f", the first {limit}:" * (len(tokens) > limit)
+    print(f"  document {number}{origin}: {size}")
+    print(tokenizer.decode(shown) if tokenizer else " ".join(map(str, shown.tolist())))
+
+
+def _origin(dataset: IndexedDataset, number: int) -> str:
+    ids = open_ids(dataset.prefix, dataset.num_documents)
+    if ids is None:
+        return ""
+    file, position = ids[number].tolist()
+    name = next(itertools.islice(sources(Path(dataset.prefix).parent), file, None), "a file that is not listed")
+    return f" (id {file}:{position}, {one_line(name)})"
 
 
 if __name__ == "__main__":

@@ -215,7 +215,7 @@ class ExecutionConfig(Section):
     workers: int | None = Field(None, gt=0)
     """Processes on this machine; null: one for each CPU that this process may use."""
     work_dir: str | None = None
-    """Folder for intermediate files, about the size of the text; null: OUTPUT.work. Removed after success."""
+    """Folder for intermediate files, two to three times the text; null: OUTPUT.work. Removed after success."""
     keep_work: bool = False
     """Whether the intermediate files stay after success, too."""
     chunk_mb: float | None = Field(None, gt=0)

@@ -21,9 +21,9 @@ _UNKNOWN = "–"
 
 
 @contextlib.contextmanager
-def display(console: Console) -> Iterator[Observer]:
-    """Show the progress of a run on `console` while the context lasts."""
-    board = Board()
+def display(console: Console, now: Callable[[], float] = time.monotonic) -> Iterator[Observer]:
+    """Show the progress of a run on `console` while the context lasts; `now` tells the time in seconds."""
+    board = Board(now)
     if not console.is_terminal or console.is_dumb_terminal:
         lines = _LinePrinter(console, board)
         yield lines.show
@@ -102,7 +102,7 @@ COLUMNS = (
 class Board:
     """The stages of a run, as far as they have begun."""
 
-    now: Callable[[], float] = time.monotonic
+    now: Callable[[], float]
     rows: list[Row] = field(default_factory=list)
     _removed_on_reading: int = 0
 

@@ -27,7 +27,7 @@ from megagpt.corpus.output import (
 )
 from megagpt.corpus.plan import make_plan
 from megagpt.corpus.quarantine import CONTAMINATED_NAME, QUARANTINE_NAME, check_bad_ratio, write_contaminated
-from megagpt.corpus.removed import write_removed
+from megagpt.corpus.removed import REMOVED_NAME, write_removed
 from megagpt.corpus.report import Report, StageTime
 from megagpt.corpus.stages import Results, Stages
 from megagpt.corpus.workspace import BusyError, open_workspace, remove_workspace, workspace_exists
@@ -100,7 +100,7 @@ def _publish(run: Stages, results: Results, output: Path, overwrite: bool, start
     """Make the folder of the dataset; `start` is when the run began, in time.monotonic's seconds."""
     with publishing(output, run.plan.hash, overwrite) as aside:
         splits = _join(run, results, aside)
-        write_removed(aside / "removed.jsonl.zst", results.stages["select"].folders)
+        write_removed(aside / REMOVED_NAME, results.stages["select"].folders)
         write_sources(aside / SOURCES_NAME, run.plan.files)
         shutil.copyfile(results.quarantine, aside / QUARANTINE_NAME)
         if run.plan.evaluation and run.config.decontaminate.action == "report":

@@ -20,6 +20,7 @@ from megagpt.corpus.extract import DOCUMENT, REMOVED
 from megagpt.corpus.reasons import REASONS, Reason
 from megagpt.corpus.workspace import map_array
 
+REMOVED_NAME = "removed.jsonl.zst"
 _BLOCK = 1 << 16
 
 

@@ -89,11 +89,11 @@ class Example:
     detail: str
     """What exactly was found."""
     text: str
-    """The beginning of its cleaned text."""
+    """The beginning of its cleaned text; of a duplicate what is around its first difference from the survivor."""
     survivor: str | None = None
     """Id of the document that stays in its stead; null: none does."""
     survivor_text: str | None = None
-    """The beginning of that one's text."""
+    """The same of that one's text."""
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Stage `select`: the fate of every document of a part, from what the stages before found out.
 
 Writes decisions.bin (a DECISION for each document that `extract` left), removed.jsonl (a line for every removed one,
-those of `extract` included, in the order of ids; see `removed`) and examples.json (the beginnings of the first few
-duplicates, and of what stays in their stead).
+those of `extract` included, in the order of ids; see `removed`) and examples.json (of the first few duplicates
+the beginning, or what is around the first difference from what stays in their stead, and the same of that).
 """
 
 import json
@@ -29,6 +29,7 @@ DECISION = np.dtype([("removed_by", "u1"), ("survivor", "<u8"), ("similarity", "
 similarity to it, 0 to 1."""
 
 _SURVIVOR_BLOCK = 1 << 16
+_CONTEXT = 200  # bytes shown before the first difference of two texts
 
 
 @dataclass(frozen=True)
@@ -97,13 +98,14 @@ class SelectTask:
         for reason in (EXACT, NEAR):
             for place in np.flatnonzero(decisions["removed_by"] == 1 + reason.code)[:EXAMPLES_PER_REASON].tolist():
                 number, survivor = self.part.first + place, int(decisions["survivor"][place])
+                text, survivor_text = _difference(self.documents.text(number), self.documents.text(survivor))
                 examples[reason.key].append(
                     {
                         "id": self.documents.id(number),
                         "detail": f"similarity {decisions['similarity'][place]:.2f}",
-                        "text": beginning(self.documents.text(number)),
+                        "text": text,
                         "survivor": self.documents.id(survivor),
-                        "survivor_text": beginning(self.documents.text(survivor)),
+                        "survivor_text": survivor_text,
                     }
                 )
         return examples
@@ -112,6 +114,16 @@ class SelectTask:
 def beginning(text: bytes) -> str:
     """The first characters of a text in UTF-8, for a person."""
     return text[: 4 * EXAMPLE_CHARACTERS].decode(errors="ignore")[:EXAMPLE_CHARACTERS]
+
+
+def _difference(text: bytes, other: bytes) -> tuple[str, str]:
+    """The beginnings of two texts, or what is around their first difference if it comes late."""
+    size = min(len(text), len(other))
+    differs = np.frombuffer(text, np.uint8, size) != np.frombuffer(other, np.uint8, size)
+    first = int(differs.argmax()) if differs.any() else 0
+    start = max(0, first - _CONTEXT)
+    ellipsis = "\u2026" if start else ""
+    return ellipsis + beginning(text[start:]), ellipsis + beginning(other[start:])
 
 
 def kept_draws(part: Part, folder: Path, seed: int) -> UInt64:

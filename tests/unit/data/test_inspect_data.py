@@ -1,12 +1,17 @@
 """python -m tools.inspect_data: what it shows, and one line and an exit code for every error a user can cause."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megagpt.data.manifest import FileChecksum, Manifest
+from megagpt.data.origins import ORIGIN
+from tests.unit.corpus.test_pipeline import run as preprocess
+from tests.unit.corpus.texts import write_jsonl
 from tests.unit.data.reference import index_bytes, write_dataset
 from tests.unit.data.test_manifest import BYTES, save_manifest
 
@@ -61,6 +66,71 @@ def test_a_document_that_only_one_dataset_of_a_folder_has_is_shown(tmp_path: Pat
     assert result.returncode == 0, result.stderr
     assert "document 1: 1 tokens\n105\n" in result.stdout
     assert "document 1: not here, there are 1, numbered from 0" in result.stdout
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    """A dataset made by the pipeline: two documents in the order of the input, a copy and a broken line."""
+    write_jsonl(tmp_path / "in/a.jsonl", ["one", "two", "one"])
+    with open(tmp_path / "in/a.jsonl", "a") as file:
+        file.write("broken\n")
+    preprocess(tmp_path, shuffle=False, validation_fraction=0, max_bad=0.5)
+    return tmp_path
+
+
+def test_a_document_is_found_by_its_id_whatever_became_of_it(corpus: Path) -> None:
+    starts = [0, 25, 50, 75]
+    assert (corpus / "in/a.jsonl").read_bytes()[75:] == b"broken\n"
+    result = inspect(corpus / "out", *(word for start in starts for word in ("--find", f"a.jsonl:{start}")))
+    assert (result.returncode, result.stderr) == (0, "")
+    name = corpus / "in/a.jsonl"
+    assert result.stdout == (
+        f"0:0 ({name}): kept, document 0 of train\n  document 0: 4 tokens\none<|endoftext|>\n"
+        f"0:25 ({name}): kept, document 1 of train\n  document 1: 4 tokens\ntwo<|endoftext|>\n"
+        f"0:50 ({name}): removed by stage exact: same text; in its stead stays 0:0 ({name}), document 0 of train, "
+        "similarity 1.0\n"
+        f"0:75 ({name}): could not be read: malformed JSON (Expecting value at column 1), line 4\n"
+    )
+
+
+def test_a_document_that_is_not_found_is_an_error_after_those_that_are(corpus: Path) -> None:
+    result = inspect(corpus / "out/train", "--find", "0:1", "--find", "0:0", "--tokens", 1)
+    assert result.returncode == 1
+    assert result.stdout.endswith("kept, document 0 of train\n  document 0: 4 tokens, the first 1:\no\n")
+    assert result.stderr.startswith("error: --find 0:1: no document began there; ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_document_of_the_dataset_tells_where_it_came_from(corpus: Path) -> None:
+    result = inspect(corpus / "out", "--document", 1, "--verify")
+    assert result.returncode == 0, result.stderr
+    assert f"document 1 (id 0:25, {corpus}/in/a.jsonl): 4 tokens\ntwo" in result.stdout
+    assert "verified: every document has an id, and its file is one of 1" in result.stdout
+
+
+def test_ids_that_do_not_fit_are_an_error_when_the_dataset_is_verified(corpus: Path) -> None:
+    ids, sums = corpus / "out/train.ids", json.loads((corpus / "out/manifest.json").read_text())
+    sums["checksums"].pop("train.ids")
+    (corpus / "out/manifest.json").write_text(json.dumps(sums))
+    content = ids.read_bytes()
+    for changed, message in (
+        (content[:-1], f"{ids}: 23 bytes, but 2 documents take 24; copy it again"),
+        (
+            np.array([(0, 0), (1, 0)], ORIGIN).tobytes(),
+            f"{ids}: names file 1, but sources.jsonl beside it lists 1; copy",
+        ),
+    ):
+        ids.write_bytes(changed)
+        result = inspect(corpus / "out", "--verify")
+        assert (result.returncode, result.stderr.count("\n")) == (1, 1)
+        assert message in result.stderr
+
+
+def test_a_dataset_of_another_program_says_that_it_has_no_ids(dataset: Path) -> None:
+    result = inspect(dataset, "--find", "0:0")
+    assert result.returncode == 1
+    assert f"{dataset}/removed.jsonl.zst: cannot be read: No such file" not in result.stderr
+    assert f"{dataset}/sources.jsonl: no such file; only datasets made by tools.preprocess know" in result.stderr
 
 
 def test_help_shows_an_example_that_names_existing_options() -> None:
