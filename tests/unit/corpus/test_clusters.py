@@ -58,6 +58,11 @@ def test_survivors_are_the_smallest_of_their_components(
     assert survivors_of(tmp_path_factory.mktemp("graph"), edges, run_records) == union_find(edges)
 
 
+def test_of_equal_clusters_the_first_are_listed(tmp_path: Path) -> None:
+    edges = [(2 * pair, 2 * pair + 1) for pair in range(50)]
+    assert survivors_of(tmp_path, edges) == {high: low for low, high in edges}
+
+
 @pytest.mark.parametrize("shape", ["chain", "shuffled chain", "star around the last", "random", "many small"])
 def test_large_graphs_in_little_memory(shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(1)

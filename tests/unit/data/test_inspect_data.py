@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.slow
 
 
-def inspect(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+def inspect(*arguments: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tools.inspect_data", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
