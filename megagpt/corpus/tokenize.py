@@ -101,7 +101,7 @@ def _blocks(sizes: UInt64) -> Iterator[tuple[int, int]]:
 
 def shuffle_keys(file: npt.NDArray[np.uint32], position: UInt64, seed: int) -> UInt64:
     """A random number for each document, from its id alone: documents sorted by it are shuffled."""
-    return mix64(mix64(mix64([seed]) + file) ^ position)
+    return mix64(mix64(mix64([seed + 1]) + file) ^ position)  # mix64 leaves 0 as it is
 
 
 @functools.cache

@@ -59,6 +59,14 @@ def test_documents_of_a_split_come_out_sorted_by_key_in_any_number_of_tasks(
     assert (info.documents, info.tokens) == (len(expected), sum(len(item[1]) for item in expected))
 
 
+@pytest.mark.parametrize("seed", [0, 1, 2**63 - 1])
+def test_no_document_has_a_place_of_its_own(seed: int) -> None:
+    files = np.repeat(np.arange(20, dtype=np.uint32), 50)
+    positions = np.tile(np.arange(50, dtype=np.uint64), 20)
+    ranks = np.argsort(np.argsort(shuffle_keys(files, positions, seed)))
+    assert 10 < ranks[0] < 990
+
+
 def test_another_seed_gives_another_order() -> None:
     positions = np.arange(1000, dtype=np.uint64)
     files = np.zeros(1000, np.uint32)
