@@ -25,6 +25,7 @@ PIPELINE_VERSION = 2
 
 _LIBRARIES = ("datasketch", "ftfy", "numpy", "orjson", "py3langid", "scipy", "tiktoken", "xxhash", "zstandard")
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 1 << 22, 1 << 26
+_FILE_BYTES = 1 << 12  # to open a file takes as long as to read so much: many small ones are work for several workers
 _MOST_CHUNKS = 1 << 14  # beyond which chunks grow
 
 
@@ -94,7 +95,7 @@ def cut_into_chunks(files: Sequence[SourceFile], chunk_bytes: int) -> list[Chunk
         step = chunk_bytes if file.is_splittable else max(file.size, 1)
         for start in range(0, max(file.size, 1), step):  # an empty file is a piece, too: it is reported
             pieces.append(Piece(file, index, start, min(start + step, file.size)))
-            size += pieces[-1].stop - start
+            size += max(pieces[-1].stop - start, _FILE_BYTES)
             if size >= chunk_bytes:
                 chunks.append(Chunk(tuple(pieces)))
                 pieces, size = [], 0
