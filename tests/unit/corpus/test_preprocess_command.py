@@ -78,46 +78,6 @@ def test_any_number_of_workers_makes_the_same_bytes_and_tells_what_it_did(
     assert "already finished by an earlier run of the same plan; nothing to do" in again.stdout
 
 
-def test_killed_at_any_moment_the_same_command_goes_on_and_makes_the_same_bytes(
-    corpus: Path, expected: dict[str, bytes], tmp_path: Path
-) -> None:
-    (tmp_path / "config.yaml").write_text("execution: {chunk_mb: 0.1}\n")
-    output = tmp_path / "out"
-    arguments = ["--config", tmp_path / "config.yaml", "--input", corpus, "--output", output, "--tokenizer", "bytes"]
-    for pattern, enough in (("extract/0*", 1), ("extract/0*", 15), ("bands/0*", 3), ("tokenize/0*", 10)):
-        process = subprocess.Popen(command(*arguments), cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
-        wait_until(lambda: len(list(tmp_path.glob(f"out.work/*/{pattern}"))) >= enough)  # noqa: B023
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        assert not output.exists()
-    result = run(*arguments)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert "from an earlier run" in result.stdout
-    assert contents(output) == expected
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "out"]
-
-
-def test_a_killed_worker_ends_the_run_within_seconds_and_is_told(corpus: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.yaml").write_text("execution: {chunk_mb: 0.1}\n")
-    arguments = ("--config", tmp_path / "config.yaml", "--input", corpus, "--output", tmp_path / "out", "--workers", 2)
-    process = subprocess.Popen(
-        command(*arguments), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    wait_until(lambda: bool(list(tmp_path.glob("out.work/*/*/.0*"))))
-    while process.poll() is None:
-        working = [path.name.rpartition(".")[2] for path in tmp_path.glob("out.work/*/*/.0*")]
-        if working:
-            os.kill(int(working[0]), signal.SIGKILL)
-            break
-    start = time.monotonic()
-    _, errors = process.communicate(timeout=30)
-    assert time.monotonic() - start < 10
-    assert process.returncode == 1
-    assert errors.startswith("error: stage ")
-    assert "a worker was killed by SIGKILL; run the same command again to go on" in errors
-    assert errors.count("\n") == 1
-
-
 def test_an_interrupt_ends_the_run_quietly_and_keeps_what_was_done(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("execution: {chunk_mb: 0.1}\n")
     arguments = ("--config", tmp_path / "config.yaml", "--input", corpus, "--output", tmp_path / "out", "--workers", 2)
