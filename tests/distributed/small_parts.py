@@ -20,7 +20,7 @@ def shrink(documents: int) -> None:
     write._TASK_TOKENS = 500 * documents
     near._MEMBER_BLOCK, near._ROW_BLOCK, select._SURVIVOR_BLOCK = documents // 3, documents // 5, documents // 10
     external.merge_runs.__defaults__ = (False, 50 * documents)
-    external.RunWriter.__init__.__defaults__ = (documents // 10,)  # type: ignore[misc]
+    external.RunWriter.__init__.__defaults__ = (documents // 10,)
     KeyRange.split = classmethod(lambda cls, count: _split(count, 2 * documents))  # type: ignore[assignment]
 
 
