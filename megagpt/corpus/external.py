@@ -6,6 +6,7 @@ volume 3, section 5.4.1, in blocks).
 """
 
 import bisect
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -58,12 +59,19 @@ class Run:
 
     def between(self, field: str, low: int, high: int | None) -> "Run":
         """The records with low <= field < high (None: no limit), `field` being what the run is sorted by first."""
+        if not low and high is None:
+            return self
+        dtype = np.dtype(self.dtype)
+        assert dtype.fields is not None
+        kind, offset = dtype.fields[field][:2]
+        with open(self.path, "rb") as file:
 
-        def value(index: int) -> int:
-            return int(self.read(index, index + 1)[field][0])
+            def value(index: int) -> int:
+                place = (self.start + index) * dtype.itemsize + offset
+                return int(np.frombuffer(os.pread(file.fileno(), kind.itemsize, place), kind)[0])
 
-        start = bisect.bisect_left(range(len(self)), low, key=value) if low else 0
-        stop = len(self) if high is None else bisect.bisect_left(range(len(self)), high, lo=start, key=value)
+            start = bisect.bisect_left(range(len(self)), low, key=value) if low else 0
+            stop = len(self) if high is None else bisect.bisect_left(range(len(self)), high, lo=start, key=value)
         return replace(self, start=self.start + start, stop=self.start + stop)
 
 
