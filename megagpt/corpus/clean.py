@@ -9,10 +9,12 @@ import re
 import unicodedata
 
 import ftfy
+from ftfy.badness import is_bad
 from ftfy.fixes import remove_terminal_escapes
 
 from megagpt.corpus.config import CleanConfig
 from megagpt.corpus.markup import remove_html
+from megagpt.corpus.normalization import map_lines, normalize
 from megagpt.corpus.private import mask_emails, mask_ips
 
 # Only what repairs wrongly decoded text; the fixes that restyle it (quotes, ligatures, widths, HTML) stay off.
@@ -28,6 +30,7 @@ _REPAIR = ftfy.TextFixerConfig(
     remove_control_chars=False,
     normalization=None,
 )
+_MAY_BE_REPAIRED = re.compile("[\x80-\x9f]|^[ÂÃ] ", re.MULTILINE)  # beside what ftfy finds bad in the middle of a line
 _LINE_BREAK = re.compile("\r\n?|[\v\f]")
 _UNICODE_LINE_BREAK = re.compile("[\x85\u2028\u2029]")  # after the repair: \x85 is half of a wrongly decoded letter
 # C0 but for tab and line feed, delete, C1, deprecated formatting, byte order marks, annotation, noncharacters
@@ -63,9 +66,9 @@ def clean(text: str, config: CleanConfig = _DEFAULTS) -> str:
     """The cleaned text; empty if nothing of it remains.
 
     In this order: HTML goes, if asked for; every kind of line break becomes a line feed; with `repair_encoding`, ftfy
-    repairs text that was decoded in the wrong encoding ("cafÃ©"); terminal escapes and control characters go; NFC;
-    punctuation and addresses are replaced, if asked for; spaces at line ends go; more than two blank lines become two;
-    blank lines around the text go.
+    repairs text that was decoded in the wrong encoding ("cafÃ©"); terminal escapes and control characters go; NFC, of
+    more than 30 combining marks in a row the first 30 staying; punctuation and addresses are replaced, if asked for;
+    spaces at line ends go; more than two blank lines become two; blank lines around the text go.
     """
     if config.remove_html:
         text = remove_html(text)
@@ -73,11 +76,11 @@ def clean(text: str, config: CleanConfig = _DEFAULTS) -> str:
         text = _LINE_BREAK.sub("\n", text)
     if not text.isascii():
         if config.repair_encoding:
-            text = "\n".join([line if line.isascii() else ftfy.fix_text(line, _REPAIR) for line in text.split("\n")])
+            text = map_lines(_repaired, text)
         text = _UNICODE_LINE_BREAK.sub("\n", text)
     if "\x1b" in text:
         text = remove_terminal_escapes(text)
-    text = unicodedata.normalize("NFC", _CONTROL.sub("", text))
+    text = normalize("NFC", _CONTROL.sub("", text))
     if config.normalize_punctuation and not text.isascii():
         text = _PUNCTUATION_MARK.sub(lambda mark: _PUNCTUATION[mark[0]], text)
     if config.mask_ips:  # first: an e-mail address may end where one begins
@@ -85,7 +88,7 @@ def clean(text: str, config: CleanConfig = _DEFAULTS) -> str:
     if config.mask_emails:
         text = mask_emails(text)
     text = unicodedata.normalize("NFC", text)  # again: a new > may meet a combining mark
-    text = "\n".join([line.rstrip() for line in text.split("\n")])
+    text = map_lines(_without_spaces_at_ends, text)
     if "\n\n\n\n" in text:
         text = _BLANK_LINES.sub("\n\n\n", text)
     return text.strip("\n")
@@ -93,3 +96,15 @@ def clean(text: str, config: CleanConfig = _DEFAULTS) -> str:
 
 def _has_line_break(text: str) -> bool:
     return "\r" in text or "\v" in text or "\f" in text
+
+
+def _repaired(lines: list[str]) -> list[str]:
+    """The lines as ftfy repairs each; nearly all are good, which is seen sooner of many at once."""
+    suspects = "\n".join([line for line in lines if not line.isascii()])
+    if not (is_bad(suspects) or _MAY_BE_REPAIRED.search(suspects)):
+        return lines
+    return [line if line.isascii() else ftfy.fix_text(line, _REPAIR) for line in lines]
+
+
+def _without_spaces_at_ends(lines: list[str]) -> list[str]:
+    return [line.rstrip() for line in lines]

@@ -16,7 +16,6 @@ import itertools
 import json
 import re
 import string
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ import numpy.typing as npt
 from megagpt.corpus.config import DecontaminateConfig
 from megagpt.corpus.finding import find_files
 from megagpt.corpus.hashing import UInt64, collapse_whitespace, run_hashes
+from megagpt.corpus.normalization import normalize
 from megagpt.corpus.reading import read_piece
 from megagpt.corpus.records import HARMLESS, BadRecord, Document, ReadCount
 from megagpt.corpus.sources import Piece, SourceFile, one_line
@@ -152,7 +152,7 @@ def normalized_words(text: str) -> npt.NDArray[np.uint8]:
     """The words of a text, in UTF-8 with one space between: lower case, letters and digits only, NFKC."""
     if text.isascii():  # the same in a tenth of the time
         return collapse_whitespace(text.encode().translate(_LOWER, _NO_WORD))
-    text = _NO_WORD_CHARACTER.sub("", unicodedata.normalize("NFKC", text).lower())
+    text = _NO_WORD_CHARACTER.sub("", normalize("NFKC", text).lower())
     return collapse_whitespace(_UNICODE_SPACE.sub(" ", text).encode())
 
 

@@ -20,7 +20,7 @@ from megagpt.corpus.finding import find_files
 from megagpt.corpus.sources import LIBRARIES_OF_KIND, Kind, Piece, SourceFile
 from megagpt.tokenizer import Tokenizer
 
-PIPELINE_VERSION = 2
+PIPELINE_VERSION = 3
 """Part of every plan's hash; raised when a change of the code changes what comes out."""
 
 _LIBRARIES = ("datasketch", "ftfy", "numpy", "orjson", "py3langid", "scipy", "tiktoken", "xxhash", "zstandard")

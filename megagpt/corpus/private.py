@@ -7,6 +7,8 @@ like an address: a version number of four parts is masked, too.
 import ipaddress
 import re
 
+from megagpt.corpus.normalization import map_lines
+
 EMAIL, IP = "<email>", "<ip>"
 """What stands in for an address."""
 
@@ -33,7 +35,7 @@ def mask_emails(text: str) -> str:
     """The text with EMAIL for every e-mail address."""
     if "@" not in text:
         return text
-    return "\n".join([_EMAIL.sub(EMAIL, line) if "@" in line else line for line in text.split("\n")])
+    return map_lines(lambda lines: [_EMAIL.sub(EMAIL, line) if "@" in line else line for line in lines], text)
 
 
 def mask_ips(text: str) -> str:
