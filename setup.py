@@ -45,7 +45,7 @@ setup(
         "gpu": ["ninja"],  # DeepSpeed compiles its operators at first use
         "web": ["fastwarc>=2.0.1", "mwparserfromhell>=0.7.2", "resiliparse>=2.0.1"],
         "mpi": ["mpi4py>=4.1", "mpich>=5"],  # PyPI's mpich brings mpiexec without a system package
-        "fast": ["gigatoken>=0.10"],  # encodes several times faster than tiktoken
+        "fast": ["gigatoken>=0.10,<0.11"],  # encodes several times faster than tiktoken
         "export": ["transformers>=4.45", "safetensors>=0.4"],
         "dev": [
             "hypothesis>=6.100",

@@ -2,7 +2,7 @@
 
 Alternates the large-star and small-star operations of Kiveris et al., Connected Components in MapReduce and Beyond
 (2014), each a pass over sorted edges, until every document points to the smallest of its component. Memory is bounded;
-an edge takes 16 bytes on disk, and about four times that while the stage runs.
+an edge takes 16 bytes on disk, and about four times that while the stage runs. It is one task: killed, it begins anew.
 """
 
 import heapq

@@ -3,6 +3,7 @@
 `execution`, `output` and `max_bad` never change a byte of the result; everything else is part of the plan's hash.
 """
 
+import math
 import re
 from typing import Literal
 
@@ -13,6 +14,7 @@ from megagpt.corpus.sources import Format
 
 _FINEWEB_BANDING, _FINEWEB_THRESHOLD = (14, 8), 0.8
 _LEAST_RECALL = 0.95
+_LEAST_TRAINING_SHARE = 1e-6
 TRAIN, VALIDATION = "train", "validation"
 
 
@@ -236,7 +238,7 @@ class CorpusConfig(Section):
     """Folder of the token dataset; appears when it is complete."""
     format: Format = "auto"
     """What all inputs hold; auto: what the name of each says (.jsonl, .parquet, ...; any other: one text a file)."""
-    max_document_mb: float = Field(50, gt=0)
+    max_document_mb: float = Field(50, gt=0, le=4096)
     """Most a document may take in its file, uncompressed (a line, a page, a row's text), in MiB; more is unreadable."""
     text_key: str = "text"
     """Key that holds the text in each line of a .jsonl file; column that holds it in Parquet and Arrow files."""
@@ -271,7 +273,7 @@ class CorpusConfig(Section):
                 raise ValueError(f"a split cannot be called {name!r}; use lower-case letters, digits and _")
             if not 0 < share < 1:
                 raise ValueError(f"the share of split {name} must be above 0 and below 1, not {share}")
-        if sum(splits.values()) + info.data.get("validation_fraction", 0) >= 1:
+        if math.fsum([*splits.values(), info.data.get("validation_fraction", 0)]) > 1 - _LEAST_TRAINING_SHARE:
             raise ValueError("the shares of splits and validation_fraction must leave something for training")
         return splits
 

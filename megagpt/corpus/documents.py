@@ -1,6 +1,8 @@
 """The documents that stay after the stage `extract`, by number, wherever they lie."""
 
 import bisect
+import functools
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,9 +42,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Documents:
-    """All parts, in order."""
+    """All parts, in order. Sent to another process, it is the path of `table`, which holds them, if there is one."""
 
     parts: tuple[Part, ...]
+    table: Path | None = None
 
     @classmethod
     def of(cls, chunks: Sequence[Path]) -> "Documents":
@@ -53,6 +56,16 @@ class Documents:
                 count = (folder / "documents.bin").stat().st_size // DOCUMENT.itemsize
                 parts.append(Part(folder, chunk, len(parts), parts[-1].stop if parts else 0, count))
         return cls(tuple(parts))
+
+    def saved(self, path: Path) -> "Documents":
+        """The same, with a table at this path, which is written."""
+        saved = Documents(self.parts, path)
+        with open(path, "wb") as file:
+            pickle.dump(self.parts, file)
+        return saved
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (_load, (self.table,)) if self.table else (Documents, (self.parts,))
 
     def __len__(self) -> int:
         """Number of documents."""
@@ -86,3 +99,9 @@ class Documents:
     def _find(self, number: int) -> tuple[Part, np.void]:
         part = self.parts[bisect.bisect_right(self.parts, number, key=lambda part: part.first) - 1]
         return part, map_array(part.folder / "documents.bin", DOCUMENT)[number - part.first]
+
+
+@functools.lru_cache(maxsize=1)
+def _load(table: Path) -> Documents:
+    with open(table, "rb") as file:
+        return Documents(pickle.load(file), table)

@@ -127,7 +127,7 @@ def _stretch(pieces: Sequence[Piece], size: int) -> tuple[Piece, ...]:
     """About `size` bytes from the beginning of the first piece on: of it, and, if it is small, of those after it."""
     found: list[Piece] = []
     for piece in pieces:
-        if size <= 0:
+        if size <= 0 or _is_cut(piece) != _is_cut(pieces[0]):  # which are limited in different ways
             break
         if _is_cut(piece):
             piece = replace(piece, stop=min(piece.stop, piece.start + size))

@@ -37,7 +37,7 @@ class KeyRange:
         return (self.index + 1 << 64) // self.count if self.index + 1 < self.count else None
 
     @classmethod
-    def split(cls, documents: int, documents_a_task: int = 1 << 19) -> "list[KeyRange]":
+    def split(cls, documents: int, documents_a_task: int = 1 << 21) -> "list[KeyRange]":
         """Ranges for about so many documents a task."""
         count = max(1, -(-documents // documents_a_task))
         return [cls(index, count) for index in range(count)]

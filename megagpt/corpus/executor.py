@@ -20,7 +20,15 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol
 
-from megagpt.corpus.workspace import Receipt, disk_error, is_being_written, last_position, read_receipt, write_folder
+from megagpt.corpus.workspace import (
+    Receipt,
+    disk_error,
+    is_being_written,
+    last_position,
+    read_receipt,
+    task_folder,
+    write_folder,
+)
 from megagpt.errors import UserError
 
 _SECONDS_BETWEEN_CHECKS = 1.0
@@ -89,7 +97,7 @@ def run_stage(pool: Pool, folder: Path, tasks: Sequence[Task], observe: Observer
 
     UserError: a task failed for a reason outside the program, or a worker was killed; RuntimeError: any other failure.
     """
-    targets = [folder / f"{number:06d}" for number in range(len(tasks))]
+    targets = [task_folder(folder, number) for number in range(len(tasks))]
     receipts = {number: receipt for number, target in enumerate(targets) if (receipt := read_receipt(target))}
     missing = iter([number for number in range(len(tasks)) if number not in receipts])
     reused = len(receipts)

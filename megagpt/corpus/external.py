@@ -121,17 +121,15 @@ class _Reader:
 
     def take(self, fields: Sequence[str], bound: tuple[Any, ...] | None) -> Records:
         """Remove and return the records up to and including `bound`; None: all."""
-        if bound is None:
-            taken, self.buffer = self.buffer, self.buffer[:0]
-            return taken
-        before = np.zeros(self.buffer.size, bool)
-        equal = np.ones(self.buffer.size, bool)
-        for field, limit in zip(fields, bound, strict=True):
-            before |= equal & (self.buffer[field] < limit)
-            equal &= self.buffer[field] == limit
-        count = int(np.count_nonzero(before | equal))
+        count = self.buffer.size
+        if bound is not None and count and self._key(fields, count - 1) > bound:
+            count = bisect.bisect_right(range(count), bound, key=lambda index: self._key(fields, index))
         taken, self.buffer = self.buffer[:count], self.buffer[count:]
         return taken
+
+    def _key(self, fields: Sequence[str], index: int) -> tuple[Any, ...]:
+        record = self.buffer[index]
+        return tuple(record[field] for field in fields)
 
 
 class RunWriter:

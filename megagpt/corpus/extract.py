@@ -47,7 +47,7 @@ REMOVED = np.dtype([("file", "<u4"), ("position", "<u8"), ("size", "<u8"), ("rea
 """A document that was removed: its id, the bytes of its text after cleaning, and the code of the reason."""
 
 PART_BYTES, PART_DOCUMENTS = 1 << 27, 1 << 18
-"""A part ends when its texts or its documents, removed ones included, reach this."""
+"""A part ends when its texts, its documents, removed ones included, or the bytes of their signatures reach this."""
 EXAMPLES_PER_REASON = 3
 EXAMPLE_CHARACTERS = 600
 _COUNTS = (
@@ -68,7 +68,7 @@ class ExtractTask:
     screening: Screening
     dedup: DedupConfig
     most_bytes: int | None = None
-    """Bytes of records after which a piece is left, for an estimate; None: it is read whole."""
+    """Bytes of records after which reading ends, for an estimate; None: the chunk is read whole."""
 
     def __str__(self) -> str:
         return str(self.chunk)
@@ -80,13 +80,15 @@ class ExtractTask:
         lines: dict[int, int] = {}
         with _ChunkWriter(folder, self.dedup, receipt) as writer, Position(folder) as place:
             for piece in self.chunk.pieces:
+                if self._is_enough(receipt["bytes"]):
+                    break
                 count = ReadCount()
                 name = os.fsencode(one_line(piece.file.name))
                 with contextlib.closing(self._read(piece, count)) as records:
                     for record in records:
                         place.set(name, record.position)
                         self._add(writer, piece, record)
-                        if self.most_bytes is not None and count.bytes >= self.most_bytes:
+                        if self._is_enough(receipt["bytes"] + count.bytes):
                             break
                 receipt["bytes"] += count.bytes
                 receipt["stored_bytes"] += count.stored_bytes
@@ -107,6 +109,9 @@ class ExtractTask:
                 raise
             except Exception as error:
                 raise _located(error, piece, f"reading on from position {position}") from error
+
+    def _is_enough(self, size: float) -> bool:
+        return self.most_bytes is not None and size >= self.most_bytes
 
     def _add(self, writer: "_ChunkWriter", piece: Piece, record: Document | BadRecord) -> None:
         if isinstance(record, BadRecord):
@@ -134,6 +139,8 @@ class _ChunkWriter:
 
     def __init__(self, folder: Path, dedup: DedupConfig, receipt: Receipt) -> None:
         self._folder, self._dedup, self._receipt = folder, dedup, receipt
+        signature_bytes = 4 * dedup.num_perm if dedup.method == "minhash" else 1
+        self._most_documents = max(1, min(PART_DOCUMENTS, PART_BYTES // signature_bytes))
         self._examples: defaultdict[str, list[dict[str, object]]] = defaultdict(list)
         self._parts = 0
 
@@ -175,7 +182,7 @@ class _ChunkWriter:
 
     def add(self, file_index: int, position: int, screened: Screened) -> None:
         """A document."""
-        if self._part_documents >= PART_DOCUMENTS or self._part_bytes >= PART_BYTES:
+        if self._part_documents >= self._most_documents or self._part_bytes >= PART_BYTES:
             self._end_part()
             self._begin_part()
         content = screened.text.encode()

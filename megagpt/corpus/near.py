@@ -25,7 +25,7 @@ from megagpt.corpus.external import Records, Run, RunWriter, merge_runs, written
 from megagpt.corpus.hashing import UInt64, mix64
 from megagpt.corpus.minhash import UInt32, estimated_similarity
 from megagpt.corpus.verify import exact_similarity
-from megagpt.corpus.workspace import Receipt, map_array
+from megagpt.corpus.workspace import Receipt, map_array, task_folder
 
 Int64 = npt.NDArray[np.int64]
 Verify = Callable[[Int64, Int64], npt.NDArray[np.bool_]]
@@ -108,8 +108,8 @@ class BandTask:
     """The verified edges among the documents with keys of one band in one range: the runs `pairs`, a PAIR each."""
 
     documents: Documents
-    keys: list[Path]
-    """Results of the stage `keys`, by the number of the part."""
+    keys: Path
+    """Folder of the stage `keys`."""
     band: int
     range: KeyRange
     dedup: DedupConfig
@@ -121,7 +121,7 @@ class BandTask:
         """See the class; counts candidates, edges, and each document as its share of the bands."""
         runs = []
         for part in self.documents.parts:
-            keys = Run.of(self.keys[part.number] / _KEYS_NAME, KEY, part.first)
+            keys = Run.of(task_folder(self.keys, part.number) / _KEYS_NAME, KEY, part.first)
             count = len(keys) // self.dedup.banding[0]
             run = replace(keys, start=self.band * count, stop=(self.band + 1) * count)
             runs.append(run.between("key", self.range.low, self.range.high))
@@ -169,6 +169,7 @@ class Stars:
         if self._last_key == keys[0]:  # the bucket goes on: its leaders come first again, and fail again to pair up
             keys = np.concatenate([np.full(old, keys[0], np.uint64), keys])
             numbers = np.concatenate([self._last_leaders, numbers])
+            self.candidates -= old * (old - 1) // 2  # which were counted when they failed first
         new = _is_new(keys)
         shared = ~(new & np.append(new[1:], True))
         last_key = keys[-1]

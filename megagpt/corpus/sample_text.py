@@ -106,8 +106,11 @@ def write_sample_corpus(
     files: int = 4,
 ) -> SampleCorpus:
     """Write `files` .jsonl files with at least `text_bytes` of text together, with keys `id` (the number) and `text`,
-    and truth.json; holds only the documents that copies are made of. An existing folder is filled anew."""
+    and truth.json. Holds in memory the documents that copies may be made of, and the list of copies. What an earlier
+    call left in the folder is removed."""
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("part_*.jsonl"):
+        old.unlink()
     samples = sample_documents(seed, document_bytes, exact_share, near_share)
     copies: list[Copy] = []
     documents = written = 0

@@ -3,7 +3,9 @@
 A document stays in its split when the corpus grows, and copies are never on both sides.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
@@ -18,11 +20,8 @@ def draws(hashes: UInt64, seed: int) -> UInt64:
 
 def nominal_bounds(shares: Mapping[str, float]) -> list[int]:
     """The end of each split's draws, given its share, 0 to 1; what is beyond all of them is for training."""
-    total, bounds = 0.0, []
-    for share in shares.values():
-        total += share
-        bounds.append(int(total * 2.0**64))
-    return bounds
+    totals = itertools.accumulate(map(Fraction, shares.values()))
+    return [min(int(total * 2**64), 2**64 - 1) for total in totals]
 
 
 def split_of(drawn: UInt64, bounds: Sequence[int]) -> npt.NDArray[np.uint8]:

@@ -68,7 +68,7 @@ class Stages:
         observe: Observer,
         limits: Sequence[int | None] | None = None,
     ) -> None:
-        """`limits`: for each chunk the bytes of records after which its pieces are left; None: they are read whole."""
+        """`limits`: for each chunk the bytes of records after which reading ends; None: it is read whole."""
         self.limits = limits or [None] * len(plan.chunks)
         self.config, self.plan, self.tokenizer = config, plan, tokenizer
         self.folder, self.pool, self.observe = folder, pool, observe
@@ -81,9 +81,12 @@ class Stages:
         """Do what is not yet done. UserError: see `preprocess`."""
         extract = self._extract()
         quarantine = self.folder / QUARANTINE_NAME
-        bad = self._quarantine(quarantine, extract.folders)
+        try:
+            bad = write_quarantine(quarantine, extract.folders, self.plan.files)
+            documents = Documents.of(extract.folders).saved(self.folder / "documents.pickle")
+        except OSError as error:
+            raise UserError(f"work folder {one_line(self.folder)}: {disk_error(error, self.folder)}") from error
         check_bad_ratio(quarantine, extract.total("bad"), extract.total("documents"), self.config.max_bad)
-        documents = Documents.of(extract.folders)
         exact, clusters = self._find_duplicates(documents)
         select, bounds = self._select(documents, exact, clusters)
         tokenize = self._tokenize(documents, select, bounds)
@@ -106,13 +109,6 @@ class Stages:
         ]
         return self._stage("extract", tasks)
 
-    def _quarantine(self, path: Path, chunks: list[Path]) -> list[Quarantined]:
-        """Write the list of what could not be read; return its records by reason."""
-        try:
-            return write_quarantine(path, chunks, self.plan.files)
-        except OSError as error:
-            raise UserError(f"work folder {one_line(self.folder)}: {disk_error(error, self.folder)}") from error
-
     def _find_duplicates(self, documents: Documents) -> tuple[list[Path], list[Path]]:
         """The results of the stages `exact` and `clusters`."""
         dedup = self.config.dedup
@@ -122,7 +118,8 @@ class Stages:
         exact = self._stage("exact", [ExactTask(documents, keys) for keys in ranges]).folders
         if dedup.method == "exact":
             return exact, []
-        keys = self._stage("keys", [KeysTask(part, exact, dedup) for part in documents.parts]).folders
+        self._stage("keys", [KeysTask(part, exact, dedup) for part in documents.parts])
+        keys = self.folder / "keys"
         tasks = [BandTask(documents, keys, band, part, dedup) for band in range(dedup.banding[0]) for part in ranges]
         bands = self._stage("bands", tasks).folders
         return exact, self._stage("clusters", [ClustersTask([*exact, *bands])]).folders
@@ -171,9 +168,8 @@ class Stages:
         tasks: list[WriteTask] = []
         ends = []
         for split in range(len(self.split_names)):
-            tokens = [int(receipt.get(f"tokens {split}", 0)) for receipt in tokenize.receipts]
-            if any(tokens):
-                tasks += write_tasks(documents, tokenize.folders, split, tokens, self.config.shuffle, self.dtype)
+            folder, shuffle = self.folder / "tokenize", self.config.shuffle
+            tasks += write_tasks(documents, folder, split, tokenize.receipts, shuffle, self.dtype)
             ends.append(len(tasks))
         folders = self._stage("write", tasks).folders
         return {

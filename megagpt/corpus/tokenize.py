@@ -53,7 +53,7 @@ class TokenizeTask:
         return str(self.part)
 
     def run(self, folder: Path) -> Receipt:
-        """See the module; counts documents, tokens, text bytes, tokens by number of split, and documents by length:
+        """See the module; counts documents, tokens, both also by number of split, text bytes, and documents by length:
         `length k` is those of 2^k to 2^(k+1) - 1 tokens. UserError: the tokenizer is another one by now."""
         encoder = _encoder(self.tokenizer, self.vocab_dir, self.vocab_sha256, self.backend)
         documents = map_array(self.part.folder / "documents.bin", DOCUMENT)
@@ -70,6 +70,7 @@ class TokenizeTask:
             chosen = np.flatnonzero(splits == split)
             chosen = chosen[np.argsort(keys[chosen], kind="stable")]
             index = self._write_split(folder, split, kept[chosen], keys[chosen], encoder)
+            receipt[f"documents {split}"] = index.size
             receipt[f"tokens {split}"] = int(index["tokens"].sum())
             receipt["tokens"] += receipt[f"tokens {split}"]
             lengths += np.bincount(np.frexp(index["tokens"].astype(float))[1] - 1, minlength=64)

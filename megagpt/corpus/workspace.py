@@ -128,6 +128,11 @@ def disk_error(error: OSError, folder: Path) -> str:
     return f"{name}{error.strerror or error}; {space}run the same command again to go on"
 
 
+def task_folder(stage: Path, number: int) -> Path:
+    """The folder of the result of one task of a stage."""
+    return stage / f"{number:06d}"
+
+
 def read_receipt(folder: Path) -> Receipt | None:
     """The receipt of the finished task of this folder; None if it is not finished."""
     try:

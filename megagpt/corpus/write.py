@@ -17,12 +17,14 @@ from megagpt.corpus.documents import Documents
 from megagpt.corpus.exact import KeyRange
 from megagpt.corpus.external import Run
 from megagpt.corpus.tokenize import TOKENIZED
-from megagpt.corpus.workspace import Receipt, write_array
+from megagpt.corpus.workspace import Receipt, task_folder, write_array
 from megagpt.data.indexed import IndexedDatasetWriter
 from megagpt.data.manifest import SplitInfo
 from megagpt.data.origins import ORIGIN, ids_path
 
-_TASK_TOKENS = 1 << 25
+_TASK_TOKENS = 1 << 25  # of a task, each document counting as some more
+_TOKENS_OF_A_DOCUMENT = 32  # whose place takes so much memory besides
+_DOCUMENTS_AT_ONCE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,9 @@ class WriteTask:
     """The documents of one split with keys in one range: tokens.bin, lengths.bin (int64 each), ids.bin (an ORIGIN
     each)."""
 
-    parts: list[Path]
-    """Results of the stage `tokenize`."""
+    documents: Documents
+    tokenize: Path
+    """Folder of the stage `tokenize`."""
     split: int
     low: int
     high: int | None
@@ -56,11 +59,14 @@ class WriteTask:
             index["begin"] += np.uint64(loaded)
             loaded += count
         index = np.concatenate([np.empty(0, TOKENIZED), *(index for _, index in stretches)])
+        del stretches
         index = index[np.argsort(index["key"], kind="stable")]
-        ends = (index["begin"] + index["tokens"]).tolist()
         with open(folder / "tokens.bin", "wb") as file:
-            for begin, end in zip(index["begin"].tolist(), ends, strict=True):
-                file.write(tokens[begin:end].data)
+            for start in range(0, index.size, _DOCUMENTS_AT_ONCE):
+                block = index[start : start + _DOCUMENTS_AT_ONCE]
+                ends = block["begin"] + block["tokens"]
+                for begin, end in zip(block["begin"].tolist(), ends.tolist(), strict=True):
+                    file.write(tokens[begin:end].data)
         write_array(folder / "lengths.bin", index["tokens"].astype(np.int64))
         ids = np.empty(index.size, ORIGIN)
         ids["file"], ids["position"] = index["file"], index["position"]
@@ -70,31 +76,38 @@ class WriteTask:
     def _stretches(self) -> list[tuple[Path, npt.NDArray[np.void]]]:
         """The files with tokens of the task's documents, each with the index of those."""
         stretches = []
-        for part in self.parts:
-            path = part / f"index_{self.split}.bin"
+        for part in self.documents.parts:
+            folder = task_folder(self.tokenize, part.number)
+            path = folder / f"index_{self.split}.bin"
             if path.exists():
                 run = Run.of(path, TOKENIZED).between("key", self.low, self.high)
                 if len(run):
-                    stretches.append((part / f"tokens_{self.split}.bin", run.read(0, len(run))))
+                    stretches.append((folder / f"tokens_{self.split}.bin", run.read(0, len(run))))
         return stretches
 
 
 def write_tasks(
-    documents: Documents, parts: list[Path], split: int, tokens: Sequence[int], shuffled: bool, dtype: str
+    documents: Documents, folder: Path, split: int, receipts: Sequence[Receipt], shuffled: bool, dtype: str
 ) -> list[WriteTask]:
-    """The tasks of one split, in order; `tokens` counts its tokens in every part."""
+    """The tasks of one split, in order, none if it has no documents; `receipts` are those of the stage `tokenize`."""
+    sizes = [
+        int(receipt.get(f"tokens {split}", 0) + _TOKENS_OF_A_DOCUMENT * receipt.get(f"documents {split}", 0))
+        for receipt in receipts
+    ]
+    if not any(sizes):
+        return []
     if shuffled:
-        count = max(1, -(-sum(tokens) // _TASK_TOKENS))
+        count = max(1, -(-sum(sizes) // _TASK_TOKENS))
         ranges = [KeyRange(index, count) for index in range(count)]
-        return [WriteTask(parts, split, keys.low, keys.high, dtype) for keys in ranges]
+        return [WriteTask(documents, folder, split, keys.low, keys.high, dtype) for keys in ranges]
     bounds, waiting = [0], 0
-    for part, added in zip(documents.parts, tokens, strict=True):
+    for part, added in zip(documents.parts, sizes, strict=True):
         if waiting >= _TASK_TOKENS:
             bounds.append(part.first)
             waiting = 0
         waiting += added
     ends = [*bounds[1:], None]
-    return [WriteTask(parts, split, low, high, dtype) for low, high in zip(bounds, ends, strict=True)]
+    return [WriteTask(documents, folder, split, low, high, dtype) for low, high in zip(bounds, ends, strict=True)]
 
 
 def join(prefix: Path, results: Sequence[Path], dtype: str) -> SplitInfo:

@@ -133,13 +133,13 @@ class _Gigatoken:
 
     def _start(self) -> None:
         """Load the vocabulary, which gigatoken reads from files only; without special tokens it knows none."""
-        with tempfile.TemporaryDirectory(prefix="megagpt_") as folder:
-            path = Path(folder) / "ranks.tiktoken"
-            path.write_bytes(self._rank_file)
-            try:
+        try:
+            with tempfile.TemporaryDirectory(prefix="megagpt_") as folder:
+                path = Path(folder) / "ranks.tiktoken"
+                path.write_bytes(self._rank_file)
                 self._bpe = self._class.from_tiktoken(path, self._scheme, {})
-            except (ValueError, RuntimeError) as error:
-                raise _UnusableError(f"it cannot load the vocabulary ({str(error).splitlines()[0]})") from error
+        except (ValueError, RuntimeError, OSError) as error:
+            raise _UnusableError(f"it cannot load the vocabulary ({str(error).splitlines()[0]})") from error
         self._memory_left = MEMORY_CHARACTERS
 
 

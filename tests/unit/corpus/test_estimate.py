@@ -10,8 +10,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from megagpt.corpus import CorpusConfig, estimate, plan
+from megagpt.corpus.config import CleanConfig, DedupConfig
 from megagpt.corpus.estimate import sample_chunks
+from megagpt.corpus.extract import ExtractTask
 from megagpt.corpus.plan import make_plan
+from megagpt.corpus.screening import Screening
 from megagpt.tokenizer import load_tokenizer
 from tests.unit.corpus.test_pipeline import InlinePool, run
 from tests.unit.corpus.texts import document, edited, write_jsonl
@@ -88,6 +91,25 @@ def test_no_document_is_sampled_twice(corpus: Path, chunk_mb: float, monkeypatch
         assert piece.start >= ends.get(piece.file_index, 0)
         ends[piece.file_index] = piece.stop
     assert {made.files[index].kind for index in ends} == {"jsonl", "parquet", "text"}
+
+
+def test_no_file_is_read_much_further_than_its_share_of_the_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = random.Random(2)
+    for number in range(40):
+        lines = write_jsonl(tmp_path / f"in/{number:02d}a.jsonl", [document(rng, 200) for _ in range(10)])
+        with gzip.open(tmp_path / f"in/{number:02d}b.jsonl.gz", "wb") as file:
+            file.write(lines.read_bytes() * 4)
+    monkeypatch.setattr(estimate, "SAMPLE_BYTES", 3_000)
+    made = make_plan(CorpusConfig(input=[str(tmp_path / "in")], output="x"), load_tokenizer("bytes"))
+    chunks, limits = sample_chunks(made)
+    assert len(chunks) > 20
+    for number, (chunk, limit) in enumerate(zip(chunks, limits, strict=True)):
+        target = tmp_path / f"result_{number}"
+        target.mkdir()
+        task = ExtractTask(chunk, "text", 1 << 20, Screening(CleanConfig()), DedupConfig(), limit)
+        assert task.run(target)["bytes"] < 3 * 3_000
 
 
 def test_chunks_of_a_huge_input_grow_so_that_their_number_stays_bounded() -> None:

@@ -81,3 +81,20 @@ def test_copies_are_never_on_both_sides(numbers: list[int], share: float) -> Non
 def test_splits_that_cannot_be_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(ValidationError, match="split"):
         CorpusConfig.model_validate({"input": ["x"], "output": "y", "splits": wrong})
+
+
+@given(st.lists(st.integers(1, 99), min_size=1, max_size=6), st.floats(0, 0.9))
+def test_shares_that_a_configuration_allows_have_ascending_bounds_below_the_largest_draw(
+    hundredths: list[int], validation: float
+) -> None:
+    shares = {f"s{i}": share / 100 for i, share in enumerate(hundredths)}
+    settings = {"input": ["x"], "output": "y", "splits": shares, "validation_fraction": validation}
+    try:
+        config = CorpusConfig.model_validate(settings)
+    except ValidationError:
+        assert sum(hundredths) / 100 + validation > 0.999
+        return
+    bounds = nominal_bounds(config.shares)
+    assert bounds == sorted(bounds)
+    assert bounds[-1] < 2**64 * (1 - 1e-7)
+    split_of(HASHES[:5], bounds)

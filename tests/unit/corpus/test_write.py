@@ -8,7 +8,7 @@ import pytest
 from megagpt.corpus import write
 from megagpt.corpus.documents import Documents, Part
 from megagpt.corpus.tokenize import TOKENIZED, shuffle_keys
-from megagpt.corpus.workspace import write_array
+from megagpt.corpus.workspace import Receipt, task_folder, write_array
 from megagpt.corpus.write import join, write_tasks
 from megagpt.data.indexed import IndexedDataset
 from megagpt.data.origins import ORIGIN, ids_path
@@ -21,11 +21,12 @@ def test_documents_of_a_split_come_out_sorted_by_key_in_any_number_of_tasks(
     tmp_path: Path, task_tokens: int, dtype: str, shuffled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(write, "_TASK_TOKENS", task_tokens)
+    monkeypatch.setattr(write, "_TOKENS_OF_A_DOCUMENT", 0)
+    monkeypatch.setattr(write, "_DOCUMENTS_AT_ONCE", 5)
     rng = np.random.default_rng(task_tokens)
     parts: list[Part] = []
-    folders: list[Path] = []
+    receipts: list[Receipt] = []
     expected: list[tuple[int, list[int], tuple[int, int]]] = []
-    tokens_of_parts: list[int] = []
     for number in range(5):
         count = 0 if number == 2 else int(rng.integers(1, 12))
         parts.append(Part(tmp_path, 0, number, parts[-1].stop if parts else 0, count))
@@ -36,16 +37,17 @@ def test_documents_of_a_split_come_out_sorted_by_key_in_any_number_of_tasks(
         index["key"], index["tokens"] = keys, [text.size for text in texts]
         index["begin"] = np.cumsum(index["tokens"]) - index["tokens"]
         index["file"], index["position"] = number, rng.integers(0, 1000, count)
-        folders.append(tmp_path / f"{number}")
-        folders[-1].mkdir()
+        folder = task_folder(tmp_path / "tokenize", number)
+        folder.mkdir(parents=True)
+        receipts.append({})
         if count:
-            write_array(folders[-1] / "index_1.bin", index)
-            write_array(folders[-1] / "tokens_1.bin", np.concatenate(texts))
-        tokens_of_parts.append(sum(text.size for text in texts))
+            write_array(folder / "index_1.bin", index)
+            write_array(folder / "tokens_1.bin", np.concatenate(texts))
+            receipts[-1] = {"documents 1": count, "tokens 1": sum(text.size for text in texts)}
         ids = zip(index["file"].tolist(), index["position"].tolist(), strict=True)
         expected += zip(keys.tolist(), [text.tolist() for text in texts], ids, strict=True)
     expected.sort(key=lambda item: item[0])
-    tasks = write_tasks(Documents(tuple(parts)), folders, 1, tokens_of_parts, shuffled, dtype)
+    tasks = write_tasks(Documents(tuple(parts)), tmp_path / "tokenize", 1, receipts, shuffled, dtype)
     assert task_tokens > 100 or len(tasks) > 1
     results = []
     for number, task in enumerate(tasks):
@@ -65,6 +67,14 @@ def test_no_document_has_a_place_of_its_own(seed: int) -> None:
     positions = np.tile(np.arange(50, dtype=np.uint64), 20)
     ranks = np.argsort(np.argsort(shuffle_keys(files, positions, seed)))
     assert 10 < ranks[0] < 990
+
+
+def test_many_short_documents_make_more_tasks() -> None:
+    documents = Documents((Part(Path(), 0, 0, 0, 10**9),))
+    for tokens, tasks in ((3, 1043), (3000, 89_407)):
+        receipt: Receipt = {"documents 0": 10**9, "tokens 0": tokens * 10**9}
+        assert len(write_tasks(documents, Path(), 0, [receipt], True, "<u2")) == pytest.approx(tasks, rel=0.02)
+    assert write_tasks(documents, Path(), 1, [receipt], True, "<u2") == []
 
 
 def test_another_seed_gives_another_order() -> None:
