@@ -126,7 +126,7 @@ class Benchmark:
         return result
 
     def linear(self) -> Result:
-        """Seconds a MB, and the largest resident set of any process, seen five times a second, of ever larger corpora."""
+        """Seconds a MB, and the largest resident set of any process, of ever larger corpora."""
         result: Result = {}
         for megabytes in (*LINEAR_MEGABYTES, *([LARGE_MEGABYTES] if self.large else [])):
             corpus = self._corpus(megabytes)
@@ -241,8 +241,8 @@ def _same_signatures(texts: Sequence[bytes]) -> bool:
 
 
 def _child(function: str, arguments: Result) -> Result:
-    """What a function below prints in a process of its own, and `peak_bytes`, the largest resident set, seen five times a second, of it or any
-    process that it started. UserError: it failed."""
+    """What a function below prints in a process of its own, and `peak_bytes`, the largest resident set of it or any
+    process that it started, as seen five times a second. UserError: it failed."""
     try:
         import psutil
     except ImportError as error:
