@@ -203,7 +203,7 @@ class _ChunkWriter:
         row = (file_index, position, self._part_bytes, len(content), *text_hash(words))
         self._documents.write(_DOCUMENT.pack(*row))
         if self._dedup.method == "minhash":
-            hashes = shingle_hashes(words, self._dedup.shingle_words)
+            hashes = shingle_hashes(words, self._dedup.shingle_size, self._dedup.shingle_unit)
             self._signatures.write(signature(hashes, self._dedup.num_perm).data)
         self._part_bytes += len(content)
         self._receipt["kept"] += 1

@@ -5,7 +5,7 @@ equal. Every function gives the same value on every machine: splits, shuffles an
 """
 
 import functools
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -46,12 +46,32 @@ def mix64(values: npt.ArrayLike) -> UInt64:
     return mixed ^ (mixed >> np.uint64(31))
 
 
-def shingle_hashes(words: npt.NDArray[np.uint8], size: int) -> npt.NDArray[np.uint32]:
-    """32-bit hash of every run of `size` words of a text with collapsed whitespace (max(1, words - size + 1)).
+def shingle_hashes(
+    words: npt.NDArray[np.uint8], size: int, unit: Literal["words", "characters"] = "words"
+) -> npt.NDArray[np.uint32]:
+    """32-bit hash of every run of `size` words, or characters, of a text with collapsed whitespace (runs).
 
-    The upper half of `run_hashes`. A text of fewer words is one run; an empty text has none.
+    The upper half of `run_hashes` or `character_run_hashes`.
     """
-    return (run_hashes(words, size) >> np.uint64(32)).astype(np.uint32)
+    hashes = run_hashes(words, size) if unit == "words" else character_run_hashes(words, size)
+    return (hashes >> np.uint64(32)).astype(np.uint32)
+
+
+def character_run_hashes(words: npt.NDArray[np.uint8], size: int) -> UInt64:
+    """64-bit hash of every run of `size` characters of a text with collapsed whitespace (runs).
+
+    The hash of a run is mix64(sum of (code point i + 1) * radix^i modulo 2^64). A text of fewer characters is one run;
+    an empty text has none.
+    """
+    characters = np.frombuffer(words.tobytes().decode().encode("utf-32-le"), np.uint32).astype(np.uint64)
+    if not characters.size:
+        return characters
+    size = min(size, characters.size)
+    runs = characters.size - size + 1
+    sums = np.zeros(runs, np.uint64)
+    for place, power in enumerate(_powers(_RADIX)[:size]):
+        sums += (characters[place : place + runs] + np.uint64(1)) * power
+    return mix64(sums)
 
 
 def run_hashes(words: npt.NDArray[np.uint8], size: int) -> UInt64:

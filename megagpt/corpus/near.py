@@ -141,7 +141,7 @@ class BandTask:
         if self.dedup.verification == "none":
             return lambda left, right: np.ones(left.size, bool)
         if self.dedup.verification == "exact":
-            exact = exact_similarity(self.documents, numbers, self.dedup.shingle_words)
+            exact = exact_similarity(self.documents, numbers, self.dedup)
             return lambda left, right: exact(left, right) >= self.dedup.threshold
         signatures = self.documents.gather("signatures.bin", np.uint32, numbers, self.dedup.num_perm)
         return lambda left, right: estimated_similarity(signatures, left, right) >= self.dedup.threshold

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
+from megagpt.corpus.config import DedupConfig
 from megagpt.corpus.documents import Documents, Numbers
 from megagpt.corpus.hashing import collapse_whitespace, shingle_hashes
 
@@ -18,9 +19,9 @@ _CACHE_BYTES = 1 << 27
 Similarity = Callable[[npt.NDArray[np.int64], npt.NDArray[np.int64]], npt.NDArray[np.float64]]
 
 
-def exact_similarity(documents: Documents, numbers: Numbers, shingle_words: int) -> Similarity:
+def exact_similarity(documents: Documents, numbers: Numbers, dedup: DedupConfig) -> Similarity:
     """A function that gives the similarity, 0 to 1, of pairs of places in `numbers`: (pairs), (pairs) -> (pairs)."""
-    sets = _ShingleSets(documents, numbers, shingle_words)
+    sets = _ShingleSets(documents, numbers, dedup)
 
     def similarity(left: npt.NDArray[np.int64], right: npt.NDArray[np.int64]) -> npt.NDArray[np.float64]:
         pairs = zip(left.tolist(), right.tolist(), strict=True)
@@ -38,8 +39,8 @@ def jaccard(left: npt.NDArray[np.uint32], right: npt.NDArray[np.uint32]) -> floa
 class _ShingleSets:
     """The sorted shingle hashes of documents, read when needed, the last used ones kept."""
 
-    def __init__(self, documents: Documents, numbers: Numbers, shingle_words: int) -> None:
-        self._documents, self._numbers, self._shingle_words = documents, numbers, shingle_words
+    def __init__(self, documents: Documents, numbers: Numbers, dedup: DedupConfig) -> None:
+        self._documents, self._numbers, self._dedup = documents, numbers, dedup
         self._sets: OrderedDict[int, npt.NDArray[np.uint32]] = OrderedDict()
         self._bytes = 0
 
@@ -49,7 +50,7 @@ class _ShingleSets:
             self._sets.move_to_end(place)
             return self._sets[place]
         words = collapse_whitespace(self._documents.text(int(self._numbers[place])))
-        hashes = np.unique(shingle_hashes(words, self._shingle_words))
+        hashes = np.unique(shingle_hashes(words, self._dedup.shingle_size, self._dedup.shingle_unit))
         self._sets[place] = hashes
         self._bytes += hashes.nbytes
         while self._bytes > _CACHE_BYTES and len(self._sets) > 1:

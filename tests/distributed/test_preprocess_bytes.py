@@ -60,7 +60,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "seed": 3,
             "validation_fraction": 0.1,
             "splits": {"test": 0.1},
-            "dedup": {"verification": "exact", "threshold": 0.7, "shingle_words": 3},
+            "dedup": {"verification": "exact", "threshold": 0.7, "shingle_size": 3},
             "filter": {"enabled": True, "min_words": 10, "min_stop_words": None, "max_top_2gram": None},
         }
         (folder / f"{name}.yaml").write_text(yaml.safe_dump(options))

@@ -55,6 +55,17 @@ def test_shingle_hashes_are_those_of_each_run_of_words_alone(text: bytes, size: 
     assert shingle_hashes(collapse_whitespace(text), size).tolist() == expected
 
 
+@given(st.text(st.sampled_from("ab \n\u00e9\u4e2d\U0001f44d")), st.integers(1, 7))
+def test_character_shingle_hashes_are_those_of_each_run_of_characters_alone(text: str, size: int) -> None:
+    words = " ".join(text.split())
+    runs = [words[i : i + size] for i in range(max(1, len(words) - size + 1))] if words else []
+    expected = []
+    for run in runs:
+        terms = ((ord(c) + 1) * pow(0x9E3779B97F4A7C15, i, 1 << 64) for i, c in enumerate(run))
+        expected.append(python_mix64(sum(terms) & MASK) >> 32)
+    assert shingle_hashes(collapse_whitespace(text.encode()), size, "characters").tolist() == expected
+
+
 @pytest.mark.parametrize("block", [1, 2, 3, 7])
 def test_shingle_hashes_do_not_depend_on_the_block_that_is_hashed_at_once(
     block: int, monkeypatch: pytest.MonkeyPatch

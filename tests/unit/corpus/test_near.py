@@ -4,6 +4,7 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -82,6 +83,14 @@ def test_bands_and_rows_given_by_the_user_are_kept_and_the_default_is_that_of_fi
     for wrong in ({"bands": 3}, {"rows": 3}, {"bands": 20, "rows": 7}):
         with pytest.raises(ValidationError):
             DedupConfig.model_validate(wrong)
+
+
+@pytest.mark.parametrize(("threshold", "num_perm"), [(0.8, 128), (0.5, 64), (0.9, 256)])
+def test_datasketchs_choice_of_bands_and_rows_is_available(threshold: float, num_perm: int) -> None:
+    index = MinHashLSH(threshold=threshold, num_perm=num_perm)
+    dedup = DedupConfig(threshold=threshold, num_perm=num_perm, band_rule="datasketch")
+    assert dedup.banding == (index.b, index.r)
+    assert (threshold, num_perm) != (0.8, 128) or dedup.banding == (9, 13)
 
 
 @given(st.floats(0.01, 1), st.integers(1, 300))
@@ -216,12 +225,20 @@ def test_no_two_verified_candidates_stay_and_nothing_goes_without_one(signatures
     assert len(removed) > 60 * 3
 
 
-def test_exact_verification_decides_by_the_shingles_and_not_by_their_estimate(tmp_path: Path) -> None:
+def character_jaccard(left: str, right: str) -> float:
+    a, b = ({text[i : i + 9] for i in range(len(text) - 8)} for text in map(" ".join, (left.split(), right.split())))
+    return len(a & b) / len(a | b)
+
+
+@pytest.mark.parametrize(("unit", "size", "similarity"), [("words", 5, jaccard), ("characters", 9, character_jaccard)])
+def test_exact_verification_decides_by_the_shingles_and_not_by_their_estimate(
+    tmp_path: Path, unit: Literal["words", "characters"], size: int, similarity: Callable[[str, str], float]
+) -> None:
     rng = random.Random(3)
     original = document(rng, 300)
-    texts = [original, *(edited(original, rng, changes) for changes in range(2, 22))]
+    texts = [original, *(edited(original, rng, changes) for changes in range(2, 42))]
     encoded = [text.encode() for text in texts]
-    signatures = np.stack([signature(shingle_hashes(collapse_whitespace(text), 5), 128) for text in encoded])
+    signatures = np.stack([signature(shingle_hashes(collapse_whitespace(text), size, unit), 128) for text in encoded])
     documents = documents_of(tmp_path, signatures)
     rows = np.zeros(len(texts), DOCUMENT)
     rows["size"] = [len(text) for text in encoded]
@@ -229,11 +246,17 @@ def test_exact_verification_decides_by_the_shingles_and_not_by_their_estimate(tm
     write_array(documents.parts[0].folder / "documents.bin", rows)
     (documents.parts[0].folder / "text.bin").write_bytes(b"".join(encoded))
     band = np.zeros(len(texts), np.uint64)
-    task = BandTask(documents, tmp_path, 0, KeyRange(0, 1), DedupConfig(verification="exact", threshold=0.7))
+    task = BandTask(
+        documents,
+        tmp_path,
+        0,
+        KeyRange(0, 1),
+        DedupConfig(verification="exact", threshold=0.7, shingle_size=size, shingle_unit=unit),
+    )
     edges = Stars(task._similar).edges(band, np.arange(len(texts), dtype=np.uint64))
-    expected = [row for row in range(1, len(texts)) if jaccard(texts[0], texts[row]) >= 0.7]
+    expected = [row for row in range(1, len(texts)) if similarity(texts[0], texts[row]) >= 0.7]
     assert [pair[0] for pair in edges.tolist() if pair[1] == 0] == expected
-    assert 3 < len(expected) < 18
+    assert 3 < len(expected) < 30
     estimated = np.mean(signatures == signatures[0], axis=1) >= 0.7
     assert np.flatnonzero(estimated[1:]).tolist() != [row - 1 for row in expected]
 
