@@ -5,6 +5,7 @@ evenly, group g of n to byte g/n of the size, so that ranges of bytes can be rea
 Memory holds a few MiB of texts, or, where more lies in one page of a Parquet file, that page; an Arrow file is mapped.
 """
 
+import os
 from collections.abc import Iterator
 from typing import IO, Any
 
@@ -73,7 +74,7 @@ def read_arrow(
     `text_key` is one BadRecord.
     """
     # Mapped, so that a wrong size in it cannot allocate memory.
-    with pa.PythonFile(raw) if piece.file.is_on_hub else pa.memory_map(piece.file.name) as content:
+    with pa.PythonFile(raw) if piece.file.is_on_hub else pa.memory_map(os.fsencode(piece.file.name)) as content:
         is_file = content.read(len(_IPC_FILE_MAGIC)) == _IPC_FILE_MAGIC
         content.seek(0)
         try:

@@ -68,11 +68,25 @@ def _find(pattern: str, own: Sequence[str], format: Format) -> list[tuple[str, S
     """The files of one input, each after what is the same for all names of it."""
     if pattern.startswith(HUB_PREFIX):
         return [(file.name, file) for file in hub_files(pattern, format)]
-    paths = [pattern] if os.path.lexists(pattern) else glob.glob(pattern, recursive=True)
+    paths = [pattern] if os.path.lexists(pattern) else _matches(pattern)
     files = [pair for path in paths for pair in _expand(path, own, format)]
     if not files and os.path.realpath(pattern) not in own:
         raise _no_files(pattern, any(_is_within(os.path.realpath(path), own) for path in paths))
     return files
+
+
+def _matches(pattern: str) -> list[str]:
+    """The paths that match as `glob` has it, but that `**` enters each folder once, though links may lead back up."""
+    parts = pattern.split("/")
+    if "**" not in parts:
+        return glob.glob(pattern)
+    place = parts.index("**")
+    before, after = parts[:place], parts[place + 1 :]
+    while after[:1] == ["**"]:
+        after = after[1:]
+    roots = glob.glob("/".join([*before, ""])) if before else ["."]
+    folders = [folder for root in roots for folder, _ in _folders(root, ())]
+    return [path for folder in folders for path in _matches("/".join([glob.escape(folder), *(after or ["*"])]))]
 
 
 def _precedence(file: SourceFile) -> tuple[bool, bool, str]:
@@ -103,6 +117,15 @@ def _expand(path: str, own: Sequence[str], format: Format) -> Iterator[tuple[str
 
 
 def _walk(root: str, own: Sequence[str]) -> Iterator[str]:
+    """The files in a folder and those below."""
+    for folder, names in _folders(root, own):
+        for name in _data_files(folder) if _DATASET_FILES.issubset(names) else names:
+            if name != _DATASET_DICT_FILE and not name.startswith("."):
+                yield os.path.join(folder, name)
+
+
+def _folders(root: str, own: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """A folder and those below, each once, with the names of their files; without hidden ones and what is `own`."""
     seen: set[tuple[int, int]] = set()  # a link can lead back up
 
     def is_new(folder: str) -> bool:
@@ -118,9 +141,7 @@ def _walk(root: str, own: Sequence[str]) -> Iterator[str]:
     for parent, folders, names in os.walk(root, onerror=_cannot_read, followlinks=True):
         visible = sorted(name for name in folders if not name.startswith("."))
         folders[:] = [name for name in visible if is_new(os.path.join(parent, name))]
-        for name in _data_files(parent) if _DATASET_FILES.issubset(names) else names:
-            if name != _DATASET_DICT_FILE and not name.startswith("."):
-                yield os.path.join(parent, name)
+        yield parent, names
 
 
 def _data_files(folder: str) -> list[str]:
@@ -128,13 +149,20 @@ def _data_files(folder: str) -> list[str]:
     path = os.path.join(folder, "state.json")
     try:
         with open(path, encoding="utf-8") as file:
-            return [entry["filename"] for entry in json.load(file)["_data_files"]]
+            return [_checked_name(entry["filename"]) for entry in json.load(file)["_data_files"]]
     except OSError as error:
         _cannot_read(error)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"input {one_line(path)}: is not as datasets.save_to_disk writes it; save the dataset again"
         ) from error
+
+
+def _checked_name(name: object) -> str:
+    """ValueError: it is not the name of a file."""
+    if not isinstance(name, str) or name != os.path.basename(name) or b"\0" in os.fsencode(name) or not name:
+        raise ValueError(name)
+    return name
 
 
 def _describe(path: str, found_in_folder: bool, format: Format) -> SourceFile:

@@ -204,7 +204,7 @@ def _read_whole(
     stream: IO[bytes], count: ReadCount, max_bytes: int, to_text: Callable[[bytes], str], may_be_binary: bool = False
 ) -> Document | BadRecord:
     try:
-        content = stream.read(max_bytes + 1)
+        content = _read_at_most(stream, max_bytes + 1)
     except DAMAGED_ERRORS as error:
         return BadRecord(0, None, DAMAGED, str(error))
     count.bytes += len(content)
@@ -214,6 +214,14 @@ def _read_whole(
         return Document(0, checked(to_text(content)))
     except BadRecordError as bad:
         return BadRecord(0, None, *bad.args)
+
+
+def _read_at_most(stream: IO[bytes], size: int) -> bytes:
+    """The next bytes, in parts: to read `size` at once would allocate them, however few there are."""
+    content = io.BytesIO()
+    while part := stream.read(min(_BUFFER_BYTES, size - content.tell())):
+        content.write(part)
+    return content.getvalue()
 
 
 def _is_binary(content: bytes) -> bool:

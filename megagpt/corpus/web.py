@@ -2,17 +2,18 @@
 
 A page of an archive is a `response` record of HTTP status 200 with HTML; a text is a `conversion` record. All other
 records (requests, metadata, redirects, images) are no documents. A position is the offset of the record in the
-uncompressed archive. Needs the `web` extra, fastwarc and resiliparse, whose time for a page grows with the square of
-the depth of nested <div>s: a page beyond a bound is a bad record.
+uncompressed archive. Needs the `web` extra, fastwarc and resiliparse; a page that would take them too much time or
+memory is a bad record (page_bounds.py).
 """
 
 import io
 import os
-import re
+import zlib
 from collections.abc import Iterator
 from typing import IO, TYPE_CHECKING, Literal
 
 from megagpt.corpus.compression import DAMAGED_ERRORS, FrameReader
+from megagpt.corpus.page_bounds import check_page, check_tree
 from megagpt.corpus.records import (
     DAMAGED,
     EMPTY,
@@ -28,10 +29,9 @@ from megagpt.corpus.records import (
 if TYPE_CHECKING:
     from fastwarc.warc import WarcRecord
 
-_MOST_NESTED_DIVS = 4096  # an eighth of a second
-_DIV = re.compile(r"<(/?)div[\s/>]", re.IGNORECASE)
 _RECORD_BEGINNING = b"WARC/"
 _LONGEST_HTTP_HEADER = 1 << 16  # that is looked at, of a record that is too large
+_WINDOW_BITS = {"gzip": (31,), "x-gzip": (31,), "deflate": (15, -15)}  # zlib's numbers of the formats
 _HTML_TYPES = ("text/html", "application/xhtml+xml")
 
 
@@ -39,21 +39,16 @@ def main_text(content: bytes, charset: str | None = None) -> str:
     """The text of the main content of an HTML page, without menus, headers and footers; "" if it has none.
 
     Bytes that are valid UTF-8 are taken as that, others as `charset`, else as what the page declares or looks like.
-    BadRecordError: its elements are nested too deeply.
+    BadRecordError: it would take too much time or memory.
     """
     from resiliparse.extract.html2text import extract_plain_text
+    from resiliparse.parse.html import HTMLTree
 
     page = _decode_html(content, charset)
-    _check_nesting(page)
-    return extract_plain_text(page, main_content=True, alt_texts=False)
-
-
-def _check_nesting(page: str) -> None:
-    depth = 0
-    for tag in _DIV.finditer(page):
-        depth = max(0, depth - 1) if tag[1] else depth + 1
-        if depth > _MOST_NESTED_DIVS:
-            raise BadRecordError("nested too deeply", f"more than {_MOST_NESTED_DIVS} <div> at character {tag.start()}")
+    check_page(page)
+    tree = HTMLTree.parse(page)
+    check_tree(tree, page)
+    return extract_plain_text(tree, main_content=True, alt_texts=False)
 
 
 def _decode_html(content: bytes, charset: str | None) -> str:
@@ -172,7 +167,8 @@ def _is_html(block: bytes) -> bool:
     """Whether an HTTP response, or its beginning, is HTML and of status 200."""
     try:
         response = _parse_http(block, "none")
-        return response.http_headers.status_code == 200 and response.http_content_type in _HTML_TYPES
+        content_type = (response.http_content_type or "").lower()
+        return response.http_headers.status_code == 200 and content_type in _HTML_TYPES
     except OSError as error:
         raise BadRecordError("malformed HTTP", str(error)) from None
 
@@ -186,10 +182,29 @@ def _page_text(block: bytes, max_bytes: int) -> str:
         raise BadRecordError("malformed HTTP", str(error)) from None
     if len(body) > max_bytes:
         raise too_large(max_bytes)
+    _check_complete(block, max_bytes)
     return main_text(body, response.http_charset)
 
 
-def _parse_http(block: bytes, auto_decode: Literal["none", "all"]) -> "WarcRecord":
+def _check_complete(block: bytes, max_bytes: int) -> None:
+    """BadRecordError: the body of an HTTP response is compressed and cut short, which fastwarc does not tell."""
+    response = _parse_http(block, "transfer")
+    encoding = (response.http_headers.get("Content-Encoding") or "").strip().lower()
+    if encoding not in _WINDOW_BITS:
+        return
+    body = response.reader.read(len(block))
+    for bits in _WINDOW_BITS[encoding]:
+        inflater = zlib.decompressobj(wbits=bits)
+        try:
+            inflater.decompress(body, max_bytes + 1)
+        except zlib.error:
+            continue
+        if inflater.eof:
+            return
+    raise BadRecordError("malformed HTTP", f"the {encoding} body is damaged or cut short")
+
+
+def _parse_http(block: bytes, auto_decode: Literal["none", "transfer", "all"]) -> "WarcRecord":
     from fastwarc.warc import WarcRecord, WarcRecordType
 
     record = WarcRecord()

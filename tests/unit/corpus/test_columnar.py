@@ -1,6 +1,7 @@
 """Parquet and Arrow: every row comes out once with its number, wherever the file is cut, and damage is named."""
 
 import io
+import json
 import os
 import random
 import struct
@@ -106,9 +107,18 @@ def test_folders_that_datasets_saved_give_the_rows_of_their_data_files_alone(tmp
         "train/data-00001-of-00002.arrow",
     ]
     assert texts(read(tmp_path / "saved", chunk_bytes=100)) == [*test["text"], *train["text"]]
-    (tmp_path / "saved/train/state.json").write_text("{}")
-    with pytest.raises(UserError, match=r"train/state\.json: is not as datasets\.save_to_disk writes it"):
-        find_files([str(tmp_path / "saved")])
+    entries: list[dict[str, object]] = [{"filename": name} for name in (5, "", "a\0", "../a")]
+    for damaged in ({}, [5], *({"_data_files": [entry]} for entry in entries)):
+        (tmp_path / "saved/train/state.json").write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match=r"train/state\.json: is not as datasets\.save_to_disk writes it"):
+            find_files([str(tmp_path / "saved")])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_whose_name_is_not_utf8_is_read(tmp_path: Path, kind: str) -> None:
+    path = os.fsencode(write(tmp_path / f"a.{kind}", ["one"]))
+    os.rename(path, name := path.replace(b"a.", b"caf\xe9."))
+    assert texts(read(os.fsdecode(name))) == ["one"]
 
 
 @pytest.mark.parametrize(

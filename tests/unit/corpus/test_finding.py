@@ -1,6 +1,8 @@
 """Finding the input: every file once, in order, and what leads nowhere is an error that names it."""
 
+import glob
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,39 @@ def test_links_are_followed_and_a_link_back_up_does_no_harm(tmp_path: Path) -> N
     (tmp_path / "a/up").symlink_to(tmp_path / "a")
     (tmp_path / "a/own.txt").write_text("x")
     assert names(tmp_path, "a") == ["a/link/x.txt", "a/own.txt"]
+
+
+def test_patterns_of_folders_at_any_depth_match_as_glob_has_it_and_links_back_up_end(tmp_path: Path) -> None:
+    for name in ("a/x.txt", "a/b/y.txt", "a/b/c/b/z.txt", "[q]/x.txt", "a/.hidden/x.txt", "a/b/y.md", "top.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    patterns = [
+        "**/*.txt",
+        "a/**/*.txt",
+        "**/b/**/*.txt",
+        "**/**/y.*",
+        "**",
+        "a/**",
+        "**/",
+        "[[]q]/**/x.txt",
+        "*/**/b/*",
+    ]
+    for pattern in patterns:
+        expected = glob.glob(f"{tmp_path}/{pattern}", recursive=True)
+        assert names(tmp_path, pattern) == names(tmp_path, *(os.path.relpath(path, tmp_path) for path in expected))
+    for number in range(4):
+        (tmp_path / f"a/up{number}").symlink_to(tmp_path)
+    start = time.monotonic()
+    assert names(tmp_path, "**/y.*") == ["a/b/y.md", "a/b/y.txt"]
+    assert time.monotonic() - start < 2
+
+
+def test_a_pattern_without_a_folder_before_it_begins_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/x.txt").write_text("x")
+    (tmp_path / "y.txt").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    assert [file.name for file in find_files(["**/*.txt"])] == ["a/x.txt", "y.txt"]
 
 
 def test_a_file_that_several_names_lead_to_is_read_once_by_the_name_that_says_what_it_is(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 import gzip
 import io
 import sys
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import brotli
@@ -162,6 +164,23 @@ def test_a_body_that_cannot_be_decoded_is_named_and_the_next_pages_are_read(tmp_
     bad = warc_record(response(b"not gzip", more="Content-Encoding: gzip\r\n"))
     (tmp_path / "a.warc").write_bytes(bad + warc_record(response(page("A page."))))
     assert outcomes(read(tmp_path)) == [(0, "malformed HTTP"), (len(bad), page_text("A page."))]
+
+
+@pytest.mark.parametrize(("encoding", "compressed"), [("gzip", gzip.compress), ("Deflate", zlib.compress)])
+@pytest.mark.parametrize("cut", [1, 8, 40])
+def test_a_compressed_body_that_is_cut_short_is_named(
+    tmp_path: Path, encoding: str, compressed: Callable[[bytes], bytes], cut: int
+) -> None:
+    body, header = compressed(page("A page. " * 20)), f"Content-Encoding: {encoding}\r\n"
+    records = [warc_record(response(part, more=header)) for part in (body[:-cut], body)]
+    (tmp_path / "a.warc").write_bytes(b"".join(records))
+    found = [outcome for _, outcome in outcomes(read(tmp_path))]
+    assert found == ["malformed HTTP", page_text("A page. " * 20).strip()]
+
+
+def test_the_type_of_a_page_may_be_in_capitals(tmp_path: Path) -> None:
+    (tmp_path / "a.warc").write_bytes(warc_record(response(page("A page."), content_type="Text/HTML; charset=UTF-8")))
+    assert texts(read(tmp_path)) == [page_text("A page.")]
 
 
 @pytest.mark.parametrize("suffix", [".gz", ".xz"])
