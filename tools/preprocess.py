@@ -32,7 +32,7 @@ from megagpt.corpus.executor import Pool, mpi_pool
 from megagpt.corpus.output import REPORT_NAME
 from megagpt.corpus.quarantine import QUARANTINE_NAME
 from megagpt.corpus.report import TITLES
-from megagpt.corpus.sources import Format, one_line
+from megagpt.corpus.sources import Format, TextUnit, one_line
 from megagpt.errors import UsageError, UserError
 from tools.command import fail, run_command, single_command
 
@@ -101,6 +101,10 @@ def preprocess_command(
     format: Annotated[
         str | None, typer.Option(metavar="|".join(get_args(Format)), help="What all inputs hold. [default: auto]")
     ] = None,
+    text_unit: Annotated[
+        str | None,
+        typer.Option(metavar="|".join(get_args(TextUnit)), help="Document of a text file. [default: file]"),
+    ] = None,
     max_document_mb: Annotated[
         float | None, typer.Option(help="MiB of a document in its file; more is unreadable. [default: 50]")
     ] = None,
@@ -115,10 +119,11 @@ def preprocess_command(
 ) -> None:
     """Turn text into a token dataset.
 
-    Reads, by their names or as --format says: .jsonl; .parquet, .arrow, .feather and folders that datasets saved; the
-    main text of .html and of the pages of .warc; the texts of .wet; the articles of a wiki's dump, pages-articles*.xml;
-    any other file as one document. All but the columnar ones may be compressed (.gz, .zst, .bz2, .xz). HTML, WARC and
-    wikis need the web extra: pip install 'megagpt[web]'.
+    Reads, by their names or as --format says: .jsonl, and .json with a record a line; .parquet, .arrow, .feather and
+    folders that datasets saved; the main text of .html and of the pages of .warc; the texts of .wet; the articles of a
+    wiki's dump, pages-articles*.xml; any other file as one document, or, with --text-unit, as one a line or paragraph.
+    All but the columnar ones may be compressed (.gz, .zst, .bz2, .xz). HTML, WARC and wikis need the web extra: pip
+    install 'megagpt[web]'.
 
     --input @LIST stands for the inputs that the file LIST names, one a line, without blank lines and those that begin
     with #. --input hf:NAME[:CONFIG][:SPLIT] streams a dataset from the Hugging Face hub: of its default configuration,
@@ -136,6 +141,7 @@ def preprocess_command(
         "tokenizer": tokenizer,
         "text_key": text_key,
         "format": format,
+        "text_unit": text_unit,
         "max_document_mb": max_document_mb,
         "clean.enabled": clean,
         "filter.enabled": filter,

@@ -11,7 +11,7 @@ from typing import Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from megagpt.config.schema import Section
-from megagpt.corpus.sources import Format
+from megagpt.corpus.sources import Format, TextUnit
 
 _FINEWEB_BANDING, _FINEWEB_THRESHOLD = (14, 8), 0.8
 _LEAST_RECALL = 0.95
@@ -254,6 +254,9 @@ class CorpusConfig(Section):
     """Folder of the token dataset; appears when it is complete."""
     format: Format = "auto"
     """What all inputs hold; auto: what the name of each says (.jsonl, .parquet, ...; any other: one text a file)."""
+    text_unit: TextUnit = "file"
+    """What of a text file is a document: file: all of it; line: each line that is not blank; paragraph: each run of
+    lines between empty ones. A large file of many texts is read by several workers if it is not the first."""
     max_document_mb: float = Field(50, gt=0, le=4096)
     """Most a document may take in its file, uncompressed (a line, a page, a row's text), in MiB; more is unreadable."""
     text_key: str = "text"

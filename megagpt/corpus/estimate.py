@@ -120,7 +120,7 @@ def sample_chunks(plan: Plan) -> tuple[list[Chunk], list[int | None]]:
 
 
 def _is_cut(piece: Piece) -> bool:
-    return piece.file.is_splittable and piece.file.kind == "jsonl"
+    return piece.file.can_begin_anywhere
 
 
 def _stretch(pieces: Sequence[Piece], size: int) -> tuple[Piece, ...]:

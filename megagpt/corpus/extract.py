@@ -92,7 +92,7 @@ class ExtractTask:
                             break
                 receipt["bytes"] += count.bytes
                 receipt["stored_bytes"] += count.stored_bytes
-                if piece.file.kind == "jsonl":
+                if piece.file.is_in_lines:
                     lines[piece.file_index] = count.lines
         (folder / "lines.json").write_text(json.dumps(lines))
         return receipt

@@ -3,26 +3,32 @@
 import errno
 import glob
 import importlib.util
+import io
 import json
 import os
 import stat
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, NoReturn
 
+from megagpt.corpus.compression import DAMAGED_ERRORS, decompressed
 from megagpt.corpus.hub import HUB_PREFIX, hub_files
-from megagpt.corpus.sources import LIBRARIES_OF_KIND, Format, SourceFile, one_line
+from megagpt.corpus.sources import LIBRARIES_OF_KIND, Format, SourceFile, TextUnit, one_line
 from megagpt.errors import UsageError, UserError
 
 LIST_PREFIX = "@"
 """`@FILE` stands for the inputs that FILE lists, one a line; blank lines and those that begin with # are left out."""
 
+_LONGEST_FIRST_LINE = 1 << 24  # of a .json file, that it may be known by
 _DATASET_FILES = {"state.json", "dataset_info.json"}  # what tells a folder that `datasets` saved
 _DATASET_DICT_FILE = "dataset_dict.json"  # lists the splits of several such folders
 
 
-def find_files(inputs: Sequence[str], written: Sequence[Path] = (), format: Format = "auto") -> list[SourceFile]:
-    """The files that `inputs` lead to, sorted by name, each once, read as `format`.
+def find_files(
+    inputs: Sequence[str], written: Sequence[Path] = (), format: Format = "auto", text_unit: TextUnit = "file"
+) -> list[SourceFile]:
+    """The files that `inputs` lead to, sorted by name, each once, read as `format`; texts by `text_unit`.
 
     An input is a file, a folder, a glob pattern, `@FILE` (a list of inputs) or `hf:NAME[:CONFIG][:SPLIT]` (see `hub`).
     Folders are read recursively, through links; names that begin with a dot are left out, as `*` does. Of a folder that
@@ -41,7 +47,8 @@ def find_files(inputs: Sequence[str], written: Sequence[Path] = (), format: Form
             found[path] = min(file, found.get(path, file), key=_precedence)
     if not found:
         raise _no_files(inputs[0], is_written=True)
-    return sorted(found.values(), key=lambda file: file.name)
+    files = [replace(file, text_unit=text_unit) if file.kind == "text" else file for file in found.values()]
+    return sorted(files, key=lambda file: file.name)
 
 
 def _listed(pattern: str) -> list[str]:
@@ -178,7 +185,47 @@ def _describe(path: str, found_in_folder: bool, format: Format) -> SourceFile:
         raise UserError(f"input {one_line(path)}: not a regular file; write its content to one first")
     if not os.access(path, os.R_OK):
         raise UserError(f"input {one_line(path)}: cannot be read: {os.strerror(errno.EACCES)}")
-    return SourceFile(path, status.st_size, status.st_mtime_ns, found_in_folder, format=format)
+    file = SourceFile(path, status.st_size, status.st_mtime_ns, found_in_folder, format=format)
+    return _with_known_json(file) if file.may_be_json and file.size else file
+
+
+def _with_known_json(file: SourceFile) -> SourceFile:
+    """A .json file, known as a record a line, or else, met in a folder, as a text: source code has such files.
+
+    UserError: it was named, and is not a record a line.
+    """
+    try:
+        if _has_records(file):
+            return replace(file, format="jsonl")
+    except DAMAGED_ERRORS:
+        return replace(file, format="jsonl")  # whose reader tells the damage
+    except OSError as error:
+        _cannot_read(error)
+    if file.found_in_folder:
+        return file
+    advice = "write it so (jq -c '.[]' does, for an array), or say what it is with --format jsonl or text"
+    raise UserError(f"input {one_line(file.name)}: is not JSON with one record a line; {advice}")
+
+
+def _has_records(file: SourceFile) -> bool:
+    """Whether its first line is a whole object; if it was met in a folder, and may be code, the second one, too."""
+    with open(file.name, "rb") as raw:
+        stream = decompressed(raw, file.compression)
+        stream = io.BufferedReader(stream, 1 << 16) if isinstance(stream, io.RawIOBase) else stream
+        first = _next_line(stream).removeprefix(b"\xef\xbb\xbf")
+        try:
+            is_object = isinstance(json.loads(first), dict)
+        except (ValueError, RecursionError):
+            return False
+        return is_object and (not file.found_in_folder or _next_line(stream).startswith(b"{"))
+
+
+def _next_line(stream: IO[bytes]) -> bytes:
+    """The next line that is not blank, or its beginning."""
+    while line := stream.readline(_LONGEST_FIRST_LINE):
+        if not line.isspace():
+            return line
+    return b""
 
 
 def _check_readable(file: SourceFile) -> None:
@@ -186,6 +233,9 @@ def _check_readable(file: SourceFile) -> None:
     where = f"input {one_line(file.name)}"
     if file.is_columnar and file.compression != "none":
         raise UserError(f"{where}: {file.kind} files cannot be read through {file.compression}; decompress it")
+    if file.is_table and not file.found_in_folder:
+        advice = "write the texts to .jsonl or Parquet, or, if the file itself is a text, give --format text"
+        raise UserError(f"{where}: tables such as .csv and .tsv are not supported; {advice}")
     for library in LIBRARIES_OF_KIND.get(file.kind, ()):
         if not file.obstacle and importlib.util.find_spec(library) is None:
             raise UserError(f"{where}: reading it needs {library}; install it with pip install 'megagpt[web]'")

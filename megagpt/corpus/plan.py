@@ -64,7 +64,7 @@ def make_plan(config: CorpusConfig, tokenizer: Tokenizer, written: Sequence[Path
     A file counts as changed if its path, size or time of change differs.
     UserError: the input cannot be found or read.
     """
-    files = find_files(config.input, written, config.format)
+    files = find_files(config.input, written, config.format, config.text_unit)
     evaluation = evaluation_files(config.decontaminate)
     settings = config.model_dump(mode="json", exclude={"output", "max_bad", "execution"})
     versions = library_versions({file.kind for file in [*files, *evaluation]})

@@ -1,16 +1,19 @@
 """From files to documents, by what a file is said to hold or its name tells.
 
 A .jsonl file holds one JSON object a line; Parquet and Arrow files one document a row; an HTML file or a page of a WARC
-archive is the text of its main content, a page of a wiki's dump that of its wikitext; any other file is one document of
-UTF-8 text. What cannot be read as a document comes out as a BadRecord with its position, in order; nothing is guessed
-at, and nothing larger than a document may be is held in memory.
+archive is the text of its main content, a page of a wiki's dump that of its wikitext; any other file is UTF-8 text, one
+document or, by the file's `text_unit`, one a line or paragraph. What cannot be read as a document comes out as a
+BadRecord with its position, in order; nothing is guessed at, and nothing larger than a document may be is held in
+memory.
 """
 
 import contextlib
+import functools
 import io
 import json
 import os
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import replace
 from typing import IO, Any
 
 import orjson
@@ -24,6 +27,8 @@ from megagpt.corpus.records import (
     DAMAGED,
     EMPTY,
     NO_FILE,
+    NOT_SUPPORTED,
+    TOO_LARGE,
     BadRecord,
     BadRecordError,
     Document,
@@ -41,6 +46,7 @@ DEFAULT_MAX_BYTES = 50 << 20
 
 _BUFFER_BYTES = 1 << 18
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_EMPTY_LINES = (b"\n", b"\r\n")
 _SNIFFED_BYTES = 8000  # as git decides: a NUL among the first bytes makes a file binary
 _DEEPEST_JSON = "depth limit exceeded"  # orjson's, at 1024; how deep the standard library goes depends on its version
 
@@ -56,6 +62,10 @@ def read_piece(
     """
     if piece.file.obstacle:
         yield BadRecord(0, None, NO_FILE, piece.file.obstacle)
+        return
+    if piece.file.is_table:
+        if piece.start == 0:
+            yield BadRecord(0, None, NOT_SUPPORTED, "a table; write the texts in it to .jsonl or Parquet")
         return
     with _open(piece) as raw:
         if piece.file.size == 0:
@@ -76,7 +86,8 @@ def _read_stream(
 ) -> Iterator[Document | BadRecord]:
     match piece.file.kind:
         case "jsonl":
-            yield from _read_lines(_buffered(stream), piece, text_key, count, max_bytes)
+            to_text = functools.partial(_parse_line, text_key=text_key)
+            yield from _read_lines(_buffered(stream), piece, to_text, count, max_bytes)
         case "parquet":
             yield from read_parquet(stream, piece, text_key, count, max_bytes)
         case "arrow":
@@ -88,8 +99,7 @@ def _read_stream(
         case "html":
             yield _read_whole(_buffered(stream), count, max_bytes, main_text)
         case "text":
-            to_text = _text_or_binary if piece.file.found_in_folder else _plain_text
-            yield _read_whole(_buffered(stream), count, max_bytes, to_text, piece.file.found_in_folder)
+            yield from _read_text(_buffered(stream), piece, count, max_bytes)
 
 
 @contextlib.contextmanager
@@ -115,11 +125,11 @@ def _buffered(stream: IO[bytes]) -> IO[bytes]:
     return io.BufferedReader(stream, _BUFFER_BYTES) if isinstance(stream, io.RawIOBase) else stream
 
 
-# Lines of JSON
+# Lines and paragraphs
 
 
 def _read_lines(
-    stream: IO[bytes], piece: Piece, text_key: str, count: ReadCount, max_bytes: int
+    stream: IO[bytes], piece: Piece, to_text: Callable[[bytes], str], count: ReadCount, max_bytes: int
 ) -> Iterator[Document | BadRecord]:
     position = piece.start
     stop = piece.stop if piece.file.is_splittable else None  # of a file that is not, the content may be longer
@@ -144,7 +154,7 @@ def _read_lines(
                     if is_large:
                         raise too_large(max_bytes, size)
                     content = line.removeprefix(_BYTE_ORDER_MARK) if position == 0 else line
-                    yield Document(position, checked(_parse_line(content, text_key)))
+                    yield Document(position, checked(to_text(content)))
                 except BadRecordError as bad:
                     yield BadRecord(position, count.lines, *bad.args)
             position += size
@@ -163,6 +173,71 @@ def _pass_line(stream: IO[bytes], limit: int | None = None) -> tuple[int, bool]:
         if not part:
             break
     return passed, False
+
+
+def _line_of_text(line: bytes) -> str:
+    return decode_utf8(line.removesuffix(b"\n").removesuffix(b"\r"))
+
+
+def _read_paragraphs(
+    stream: IO[bytes], piece: Piece, count: ReadCount, max_bytes: int
+) -> Iterator[Document | BadRecord]:
+    """Runs of lines that are not empty: an empty one is a line feed, alone or after a carriage return."""
+    stop = piece.stop if piece.file.is_splittable else None
+    position = piece.start
+    try:
+        if piece.start > 0:
+            position += _pass_paragraph(stream, piece)
+        while stop is None or position < stop:
+            content, size, passed = _next_paragraph(stream, max_bytes)
+            if not passed:
+                break
+            count.bytes += passed
+            if size:
+                try:
+                    if size > max_bytes:
+                        raise too_large(max_bytes, size)
+                    content = content.removeprefix(_BYTE_ORDER_MARK) if position == 0 else content
+                    yield Document(position, checked(_line_of_text(content)))
+                except BadRecordError as bad:
+                    yield BadRecord(position, None, *bad.args)
+            position += passed
+    except DAMAGED_ERRORS as error:
+        yield BadRecord(position, None, DAMAGED, f"{error} after this byte of its content")
+
+
+def _pass_paragraph(stream: IO[bytes], piece: Piece) -> int:
+    """The bytes of a piece that belong to what began before it, with the empty line after that."""
+    back = min(piece.start, 3)  # enough to see an empty line before the piece
+    stream.seek(piece.start - back)
+    before = stream.read(back)
+    if before.endswith((b"\n\n", b"\n\r\n")) or before in _EMPTY_LINES:
+        return 0
+    is_inside_end = before.endswith(b"\n\r") or before == b"\r"
+    empty = (b"\n",) if is_inside_end else _EMPTY_LINES
+    may_be_empty = is_inside_end or before.endswith(b"\n")
+    passed = 0
+    while passed < piece.stop - piece.start:
+        part = stream.readline(_BUFFER_BYTES)
+        passed += len(part)
+        if not part or (may_be_empty and part in empty):
+            break
+        may_be_empty, empty = part.endswith(b"\n"), _EMPTY_LINES
+    return passed
+
+
+def _next_paragraph(stream: IO[bytes], max_bytes: int) -> tuple[bytes, int, int]:
+    """A paragraph if it is no larger than `max_bytes`, its size, and the bytes passed, with the empty line after it."""
+    content, size, passed, is_line_begin = io.BytesIO(), 0, 0, True
+    while part := stream.readline(_BUFFER_BYTES):
+        passed += len(part)
+        if is_line_begin and part in _EMPTY_LINES:
+            break
+        size += len(part)
+        is_line_begin = part.endswith(b"\n")
+        if size <= max_bytes:
+            content.write(part)
+    return content.getvalue(), size, passed
 
 
 def _parse_line(line: bytes, text_key: str) -> str:
@@ -197,7 +272,42 @@ def _json_type(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-# Whole files
+# Texts
+
+
+def _read_text(stream: IO[bytes], piece: Piece, count: ReadCount, max_bytes: int) -> Iterator[Document | BadRecord]:
+    """A file of text by its unit; one that was met in a folder may be binary."""
+    file = piece.file
+    if file.text_unit == "file":
+        to_text = _text_or_binary if file.found_in_folder else _plain_text
+        record = _read_whole(stream, count, max_bytes, to_text, file.found_in_folder)
+        if isinstance(record, BadRecord) and record.reason == TOO_LARGE:
+            advice = "if it holds many texts, give --text-unit line or paragraph"
+            record = replace(record, detail=f"{record.detail}; {advice}")
+        yield record
+        return
+    try:
+        is_binary = file.found_in_folder and _is_binary(_beginning(stream, file))
+    except DAMAGED_ERRORS as error:
+        yield BadRecord(0, None, DAMAGED, str(error))
+        return
+    if is_binary:
+        if piece.start == 0:
+            yield BadRecord(0, None, BINARY, "NUL among its first bytes")
+    elif file.text_unit == "line":
+        yield from _read_lines(stream, piece, _line_of_text, count, max_bytes)
+    else:
+        yield from _read_paragraphs(stream, piece, count, max_bytes)
+
+
+def _beginning(stream: IO[bytes], file: SourceFile) -> bytes:
+    """Some of the first bytes of the content, which are read again afterwards."""
+    if file.compression != "none":
+        assert isinstance(stream, io.BufferedReader)
+        return stream.peek(_SNIFFED_BYTES)
+    content = stream.read(_SNIFFED_BYTES)
+    stream.seek(0)
+    return content
 
 
 def _read_whole(

@@ -7,7 +7,7 @@ in a columnar file, from 0.
 from dataclasses import dataclass
 
 EMPTY, BINARY, NO_FILE = "empty", "binary file", "not a file"
-DAMAGED, TOO_LARGE = "damaged compression", "too large"
+DAMAGED, TOO_LARGE, NOT_SUPPORTED = "damaged compression", "too large", "format not supported"
 HARMLESS = frozenset({EMPTY, BINARY, NO_FILE})
 """Reasons that leave out nothing that was text: listed, but not counted as bad."""
 

@@ -10,6 +10,9 @@ Kind = Literal["text", "jsonl", "html", "warc", "parquet", "arrow", "mediawiki"]
 Format = Literal["auto", "text", "jsonl", "html", "warc", "parquet", "arrow", "mediawiki"]
 """What the user says that all files hold; auto: what their names tell."""
 
+TextUnit = Literal["file", "line", "paragraph"]
+"""What of a text file is a document: all of it, each line, or each run of lines between empty ones."""
+
 HUB_SCHEME = "hf://"
 
 _COMPRESSIONS: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
@@ -20,6 +23,7 @@ _KINDS: dict[str, Kind] = {
     ".parquet": "parquet",
     **dict.fromkeys((".arrow", ".feather"), "arrow"),
 }
+_TABLES = (".csv", ".tsv")
 _DUMP_NAME = re.compile(r"pages-(articles|meta-current).*\.xml(-p\d+p\d+)?$")  # of a wiki's pages, or some of them
 LIBRARIES_OF_KIND: dict[Kind, tuple[str, ...]] = {
     "html": ("resiliparse",),
@@ -45,11 +49,13 @@ class SourceFile:
     """Why it cannot be read as a file, such as a link to nothing; empty: it can."""
     format: Format = "auto"
     """What it holds, whatever its name says."""
+    text_unit: TextUnit = "file"
+    """What of it is a document, if it holds text."""
 
     @property
     def identity(self) -> list[str | int | bool]:
         """What tells it from another file, and from itself before a change."""
-        return [self.name, self.size, self.mtime_ns, self.found_in_folder, self.obstacle, self.kind]
+        return [self.name, self.size, self.mtime_ns, self.found_in_folder, self.obstacle, self.kind, self.text_unit]
 
     @property
     def is_on_hub(self) -> bool:
@@ -66,11 +72,30 @@ class SourceFile:
         """What the file holds: `jsonl` one document a line, `text` and `html` one document, ..."""
         if self.format != "auto":
             return self.format
-        path = PurePosixPath(self.name)
-        inner = (path.name if self.compression == "none" else path.stem).lower()
-        if _DUMP_NAME.search(inner):
+        if _DUMP_NAME.search(self._inner_name):
             return "mediawiki"
-        return _KINDS.get(PurePosixPath(inner).suffix, "text")
+        return _KINDS.get(PurePosixPath(self._inner_name).suffix, "text")
+
+    @property
+    def _inner_name(self) -> str:
+        """The name in lower case, without folders and the suffix of a compression."""
+        path = PurePosixPath(self.name)
+        return (path.name if self.compression == "none" else path.stem).lower()
+
+    @property
+    def may_be_json(self) -> bool:
+        """Whether only its content tells if it is a record a line, or a text."""
+        return self.format == "auto" and self._inner_name.endswith(".json")
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it holds comma-separated values or the like, of which no reader knows what is text."""
+        return self.format == "auto" and self._inner_name.endswith(_TABLES)
+
+    @property
+    def is_in_lines(self) -> bool:
+        """Whether each line is a record."""
+        return self.kind == "jsonl" or (self.kind == "text" and self.text_unit == "line")
 
     @property
     def is_columnar(self) -> bool:
@@ -80,7 +105,13 @@ class SourceFile:
     @property
     def is_splittable(self) -> bool:
         """Whether a range of its bytes can be read alone."""
-        return self.kind == "parquet" or (self.kind == "jsonl" and self.compression == "none")
+        return self.kind == "parquet" or self.can_begin_anywhere
+
+    @property
+    def can_begin_anywhere(self) -> bool:
+        """Whether any range of its bytes can be read alone, in a time by its size."""
+        is_text = self.kind == "text" and self.text_unit != "file"
+        return self.compression == "none" and (self.kind == "jsonl" or is_text)
 
 
 @dataclass(frozen=True)

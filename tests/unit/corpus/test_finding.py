@@ -1,6 +1,7 @@
 """Finding the input: every file once, in order, and what leads nowhere is an error that names it."""
 
 import glob
+import gzip
 import os
 import time
 from pathlib import Path
@@ -145,9 +146,47 @@ def test_a_format_holds_for_all_files_whatever_their_names_say(tmp_path: Path) -
     (tmp_path / "c4.json").write_text('{"text": "one"}\n{"text": "two"}\n')
     (tmp_path / "a.parquet").write_text('{"text": "three"}\n')
     assert texts(read(tmp_path, chunk_bytes=5, format="jsonl")) == ["three", "one", "two"]
-    (as_lines,), (as_text,) = (find_files([str(tmp_path / "c4.json")], format=format) for format in ("jsonl", "auto"))
-    assert as_lines.identity != as_text.identity
-    assert as_text.kind == "text"
+    (as_lines,), (as_auto,) = (find_files([str(tmp_path / "c4.json")], format=format) for format in ("jsonl", "auto"))
+    (as_text,) = find_files([str(tmp_path / "c4.json")], format="text")
+    assert as_text.identity != as_auto.identity
+    assert as_lines.identity == as_auto.identity  # which is seen in the file itself
+
+
+def test_json_is_read_by_records_if_it_has_one_a_line_and_never_taken_for_a_text_that_was_named(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name, content in (
+        ("lines.json", '\n{"text": "one"}\n{"text": "two"}\n'),
+        ("lines2.json.gz", '{"text": "three"}\n{"text": "four"}'),
+        ("code.json", '{\n  "name": "x"\n}\n'),
+        ("package.json", '{"name": "x"}\n'),
+        ("array.json", '[{"text": "one"},\n{"text": "two"}]'),
+        ("deep.json", "[" * 100_000),
+    ):
+        raw = content.encode()
+        (tmp_path / "in" / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+    kinds = {os.path.basename(file.name): file.kind for file in find_files([str(tmp_path / "in")])}
+    assert kinds == {
+        **dict.fromkeys(("lines.json", "lines2.json.gz"), "jsonl"),
+        **dict.fromkeys(("code.json", "package.json", "array.json", "deep.json"), "text"),
+    }
+    assert texts(read(tmp_path / "in/lines.json")) == ["one", "two"]
+    assert texts(read(tmp_path / "in/lines2.json.gz")) == ["three", "four"]
+    assert [file.kind for file in find_files([str(tmp_path / "in/package.json")])] == ["jsonl"]
+    for name in ("code.json", "array.json", "deep.json"):
+        with pytest.raises(UserError, match=rf"{name}: is not JSON with one record a line; .*jq -c .*--format jsonl"):
+            find_files([str(tmp_path / "in" / name)])
+        assert [file.kind for file in find_files([str(tmp_path / "in" / name)], format="text")] == ["text"]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.CSV.gz"])
+def test_a_table_is_no_text(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("id,text\n1,one\n")
+    with pytest.raises(UserError, match=rf"{name}: tables such as .* not supported; .*jsonl or Parquet.*--format text"):
+        find_files([str(tmp_path / name)])
+    for unit in ("file", "line"):
+        (bad,) = read(tmp_path, chunk_bytes=3, text_unit=unit)
+        assert isinstance(bad, BadRecord)
+        assert bad.reason == "format not supported"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")

@@ -13,7 +13,7 @@ from megagpt.corpus.finding import find_files
 from megagpt.corpus.plan import cut_into_chunks
 from megagpt.corpus.reading import DEFAULT_MAX_BYTES, _read_lines, read_piece
 from megagpt.corpus.records import BadRecord, Document, ReadCount
-from megagpt.corpus.sources import Format, Piece
+from megagpt.corpus.sources import Format, Piece, TextUnit
 from megagpt.errors import UserError
 
 GOOD_TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=30).filter(
@@ -51,10 +51,11 @@ def read(
     text_key: str = "text",
     max_bytes: int = DEFAULT_MAX_BYTES,
     format: Format = "auto",
+    text_unit: TextUnit = "file",
 ) -> list[Document | BadRecord]:
     """All records of a file, read in chunks of this size."""
     records: list[Document | BadRecord] = []
-    for chunk in cut_into_chunks(find_files([str(path)], format=format), chunk_bytes):
+    for chunk in cut_into_chunks(find_files([str(path)], format=format, text_unit=text_unit), chunk_bytes):
         for piece in chunk.pieces:
             records += read_piece(piece, text_key, ReadCount(), max_bytes)
     return records
@@ -188,7 +189,7 @@ def test_the_line_that_a_piece_begins_in_is_not_read_beyond_the_piece(tmp_path: 
     found: list[Document | BadRecord] = []
     for piece in [piece for chunk in cut_into_chunks([file], 100) for piece in chunk.pieces]:
         stream = CountingStream(path.read_bytes())
-        found += _read_lines(stream, piece, "text", ReadCount(), 1 << 20)
+        found += _read_lines(stream, piece, bytes.decode, ReadCount(), 1 << 20)
         taken += stream.taken
     assert [record.position for record in found] == [0, len(lines[0])]
     assert taken < 4 * file.size
