@@ -24,6 +24,7 @@ PIPELINE_VERSION = 3
 """Part of every plan's hash; raised when a change of the code changes what comes out."""
 
 _LIBRARIES = ("datasketch", "ftfy", "numpy", "orjson", "py3langid", "scipy", "tiktoken", "xxhash", "zstandard")
+_LIBRARIES_OF_COLUMNS = ("pyarrow",)  # always installed, and of no matter for other files
 _SMALLEST_CHUNK, _LARGEST_CHUNK = 1 << 22, 1 << 26
 _FILE_BYTES = 1 << 12  # to open a file takes as long as to read so much: many small ones are work for several workers
 _MOST_CHUNKS = 1 << 14  # beyond which chunks grow
@@ -83,8 +84,9 @@ def make_plan(config: CorpusConfig, tokenizer: Tokenizer, written: Sequence[Path
 
 def library_versions(kinds: Set[Kind]) -> dict[str, str]:
     """Versions of all that a result depends on, the input having files of these kinds."""
-    names = sorted({*_LIBRARIES, *(name for kind in kinds for name in LIBRARIES_OF_KIND.get(kind, ()))})
-    versions = {name: importlib.metadata.version(name) for name in names}
+    names = {*_LIBRARIES, *(name for kind in kinds for name in LIBRARIES_OF_KIND.get(kind, ()))}
+    names.update(_LIBRARIES_OF_COLUMNS if kinds & {"parquet", "arrow"} else ())
+    versions = {name: importlib.metadata.version(name) for name in sorted(names)}
     return {"megagpt": megagpt.__version__, "unicode": unicodedata.unidata_version, **versions}
 
 

@@ -168,7 +168,15 @@ def test_wikitext_with_so_much_unclosed_that_reading_it_would_take_hours_is_a_ba
     assert found == ["malformed wikitext"] * len(hostile) + ["good"]
 
 
-@pytest.mark.parametrize("text", ["<ref>" * 100_000, "<!--" * 100_000, "'" * 100_000, "(" * 100_000, "]]" * 100_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(construct * 100_000 for construct in ("<ref>", "<!--", "'", "(", "]]")),
+        *(construct * 1_000_000 for construct in (":", "#*", "\n*", ";a\n")),
+        *("{|\n" + construct * 300_000 + "\n|}" for construct in ("\n ", "|a\n", "|-\n", "|a||b\n", "!a!!b\n")),
+        "{|" + "\n " * 300_000 + "x",
+    ],
+)
 def test_wikitext_of_one_thing_many_times_takes_no_long_time(text: str) -> None:
     start = time.monotonic()
     try:
@@ -176,6 +184,13 @@ def test_wikitext_of_one_thing_many_times_takes_no_long_time(text: str) -> None:
     except BadRecordError as error:
         assert error.args[0] == "malformed wikitext"  # noqa: PT017 (either outcome is right)
     assert time.monotonic() - start < 5
+
+
+def test_an_article_of_a_long_list_and_a_large_table_is_read() -> None:
+    rows = "".join(f"|-\n| [[Place {number}]] || {number}\n" for number in range(3000))
+    text = plain_text("".join(f"* born {number}\n" for number in range(3000)) + f"{{|\n{rows}|}}\nThe end")
+    assert text.startswith("born 0")
+    assert text.endswith("The end")
 
 
 WIKITEXT = st.lists(
