@@ -12,7 +12,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megagpt.corpus.records import BadRecord, BadRecordError, Document, ReadCount, checked, decode_utf8, too_large
+from megagpt.corpus.records import NULL, BadRecord, BadRecordError, Document, ReadCount, checked, decode_utf8, too_large
 from megagpt.corpus.sources import Piece
 
 DAMAGED_FILE, NO_COLUMN = "damaged file", "missing column"
@@ -112,7 +112,7 @@ def _read_batches(
             for content in _contents(batch.column(text_key)):
                 try:
                     if content is None:
-                        raise BadRecordError("wrong type", f"{text_key!r} is null, not a string")
+                        raise BadRecordError("wrong type", f"{text_key!r} is {NULL}")
                     count.bytes += len(content)
                     if len(content) > max_bytes:
                         raise too_large(max_bytes, len(content))

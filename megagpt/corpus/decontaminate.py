@@ -3,11 +3,13 @@
 After GPT-3 (Brown et al. 2020, arXiv 2005.14165, appendix C): runs of 13 words in lower case, without punctuation. It
 differs in that one length serves every evaluation set; that a run in many documents is no exception; that the whole
 document goes, and not only what surrounds the run; and that evaluation documents of fewer words, too short to find
-within others, match only documents that are equal to them.
+within others, match only documents that are equal to them. Runs are taken of each evaluation document as it is and as
+cleaning makes it, so that it is found in documents that were cleaned the same way.
 
 Files: hashes.bin (uint64 of each different run, sorted), owners.bin (uint32, the number of the first document of each),
 documents.bin (an EVALUATED each), names.json (of the files), bits.bin (a bitmap of the hashes' first bits, by which
-nearly all other runs are told apart in one look). The stage holds 24 bytes a run in memory; workers map the files.
+nearly all other runs are told apart in one look). The stage sorts the runs out of core and holds the bitmap, 2 to 4
+bytes a run, and 16 bytes a document in memory; workers map the files.
 """
 
 import functools
@@ -23,12 +25,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megagpt.corpus.config import DecontaminateConfig
+from megagpt.corpus.clean import clean
+from megagpt.corpus.config import CleanConfig, DecontaminateConfig
+from megagpt.corpus.external import RunWriter, merge_runs, written_runs
 from megagpt.corpus.finding import find_files
 from megagpt.corpus.hashing import UInt64, collapse_whitespace, run_hashes
 from megagpt.corpus.normalization import normalize
 from megagpt.corpus.reading import read_piece
-from megagpt.corpus.records import HARMLESS, BadRecord, Document, ReadCount
+from megagpt.corpus.records import HARMLESS, NULL, BadRecord, Document, ReadCount
 from megagpt.corpus.sources import Piece, SourceFile, one_line
 from megagpt.corpus.workspace import Receipt, map_array, write_array
 from megagpt.errors import UserError
@@ -36,6 +40,8 @@ from megagpt.errors import UserError
 EVALUATED = np.dtype([("file", "<u4"), ("position", "<u8")])
 """An evaluation document: the index of its file and its position there."""
 
+_RUN = np.dtype([("hash", "<u8"), ("owner", "<u4")])
+_BLOCK_HASHES = 1 << 20
 _BITS_PER_HASH = 16  # of the bitmap at least, so that one in 16 other runs is looked up in vain at most
 _LEAST_BITS = 16  # 2^16
 _QUOTED_CHARACTERS = 300
@@ -64,24 +70,33 @@ class EvaluationTask:
     files: tuple[SourceFile, ...]
     text_keys: tuple[str, ...]
     ngram_words: int
+    clean: CleanConfig
+    """What is done to the documents that are compared with these."""
 
     def __str__(self) -> str:
         return "evaluation files"
 
     def run(self, folder: Path) -> Receipt:
         """See the module; counts documents and different runs. UserError: a document cannot be read."""
-        documents, runs = [], [np.empty(0, np.uint64)]
-        for document, text in self._texts():
-            documents.append(document)
-            runs.append(run_hashes(normalized_words(text), self.ngram_words))
-        owners = np.repeat(np.arange(len(documents), dtype=np.uint32), [part.size for part in runs[1:]])
-        hashes, first = np.unique(np.concatenate(runs), return_index=True)
-        write_array(folder / "hashes.bin", hashes)
-        write_array(folder / "owners.bin", owners[first])
+        documents = []
+        with RunWriter(folder, "runs", _RUN) as writer:
+            for owner, (document, text) in enumerate(self._texts()):
+                documents.append(document)
+                for form in self._forms(text):
+                    hashes = run_hashes(normalized_words(form), self.ngram_words)
+                    runs = np.empty(hashes.size, _RUN)
+                    runs["hash"], runs["owner"] = hashes, owner
+                    writer.add(runs)
         write_array(folder / "documents.bin", np.array(documents, EVALUATED))
-        write_array(folder / "bits.bin", _bitmap(hashes))
+        _write_index(folder)
         (folder / "names.json").write_text(json.dumps([file.name for file in self.files]))
+        hashes = map_array(folder / "hashes.bin", np.uint64)
+        write_array(folder / "bits.bin", _bitmap(hashes))
         return {"documents": len(documents), "runs": int(hashes.size)}
+
+    def _forms(self, text: str) -> set[str]:
+        """The text as it is, and as it is after cleaning."""
+        return {text, clean(text, self.clean)} if self.clean.enabled else {text}
 
     def _texts(self) -> Iterator[tuple[tuple[int, int], str]]:
         """Of each document the index of its file and its position, and the texts of all keys that it has."""
@@ -96,7 +111,7 @@ class EvaluationTask:
     def _good_texts(self, file: SourceFile, records: list[Document | BadRecord]) -> list[str]:
         """The texts that one document has under each key. UserError: it is damaged, or has none of the keys."""
         bad = [record for record in records if isinstance(record, BadRecord) and record.reason not in HARMLESS]
-        damage = [record for record in bad if record.reason not in _MISSING]
+        damage = [record for record in bad if not _is_missing(record)]
         if damage or (bad and len(bad) == len(records)):
             problem = (damage or bad)[0]
             line = f" line {problem.line}" if problem.line else ""
@@ -105,6 +120,24 @@ class EvaluationTask:
             advice = "mend it, or leave it out" if damage else keys
             raise UserError(f"evaluation file {one_line(file.name)}{line}: {problem.reason}: {detail}; {advice}")
         return [record.text for record in records if isinstance(record, Document)]
+
+
+def _is_missing(record: BadRecord) -> bool:
+    return record.reason in _MISSING or record.detail.endswith(f" is {NULL}")
+
+
+def _write_index(folder: Path) -> None:
+    """Write each different hash with the first of its documents, in the order of hashes; remove the runs."""
+    runs = written_runs(folder, "runs", _RUN)
+    last = None
+    with open(folder / "hashes.bin", "wb") as hashes, open(folder / "owners.bin", "wb") as owners:
+        for block in merge_runs(runs, ["hash", "owner"]):
+            is_first = np.append(block["hash"][0] != last, block["hash"][1:] != block["hash"][:-1])
+            last = block["hash"][-1]
+            hashes.write(block["hash"][is_first].data)
+            owners.write(block["owner"][is_first].data)
+    for run in runs:
+        run.path.unlink()
 
 
 def _position(record: Document | BadRecord) -> int:
@@ -157,11 +190,16 @@ def normalized_words(text: str) -> npt.NDArray[np.uint8]:
 
 
 def _bitmap(hashes: UInt64) -> npt.NDArray[np.uint8]:
-    """A bit for each value of as many first bits of a hash as it takes, set where a hash has them."""
+    """A bit for each value of as many first bits of a hash as it takes, set where one of the sorted hashes has them."""
     width = max(_LEAST_BITS, int(hashes.size * _BITS_PER_HASH - 1).bit_length())
-    bits = np.zeros(1 << width, bool)
-    bits[hashes >> np.uint64(64 - width)] = True
-    return np.packbits(bits, bitorder="little")
+    bits = np.zeros(1 << (width - 3), np.uint8)
+    for start in range(0, hashes.size, _BLOCK_HASHES):
+        places = hashes[start : start + _BLOCK_HASHES] >> np.uint64(64 - width)
+        byte = places >> np.uint64(3)
+        firsts = np.flatnonzero(np.append(True, byte[1:] != byte[:-1]))
+        bit = np.left_shift(1, (places & np.uint64(7)).astype(np.uint8), dtype=np.uint8)
+        bits[byte[firsts]] |= np.bitwise_or.reduceat(bit, firsts)
+    return bits
 
 
 def _has_bit(bits: npt.NDArray[np.uint8], hashes: UInt64) -> npt.NDArray[np.bool_]:

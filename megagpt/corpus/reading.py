@@ -28,6 +28,7 @@ from megagpt.corpus.records import (
     EMPTY,
     NO_FILE,
     NOT_SUPPORTED,
+    NULL,
     TOO_LARGE,
     BadRecord,
     BadRecordError,
@@ -252,6 +253,8 @@ def _parse_line(line: bytes, text_key: str) -> str:
         raise BadRecordError("wrong type", f"the line is {_json_type(values)}, not an object")
     if text_key not in values:
         raise BadRecordError("missing key", f"no key {text_key!r} among {', '.join(map(repr, list(values)[:5]))}")
+    if values[text_key] is None:
+        raise BadRecordError("wrong type", f"{text_key!r} is {NULL}")
     if not isinstance(values[text_key], str):
         raise BadRecordError("wrong type", f"{text_key!r} is {_json_type(values[text_key])}, not a string")
     return values[text_key]

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 EMPTY, BINARY, NO_FILE = "empty", "binary file", "not a file"
 DAMAGED, TOO_LARGE, NOT_SUPPORTED = "damaged compression", "too large", "format not supported"
+NULL = "null, not a string"
+"""End of the detail of a record whose text is null."""
 HARMLESS = frozenset({EMPTY, BINARY, NO_FILE})
 """Reasons that leave out nothing that was text: listed, but not counted as bad."""
 

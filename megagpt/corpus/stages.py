@@ -99,7 +99,7 @@ class Stages:
         if self.plan.evaluation:
             decontaminate = config.decontaminate
             task = EvaluationTask(
-                tuple(self.plan.evaluation), tuple(decontaminate.text_keys), decontaminate.ngram_words
+                tuple(self.plan.evaluation), tuple(decontaminate.text_keys), decontaminate.ngram_words, config.clean
             )
             (evaluation,) = self._stage("evaluation", [task]).folders
         screening = Screening(config.clean, config.filter, config.decontaminate, evaluation)

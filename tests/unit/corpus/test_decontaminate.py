@@ -1,16 +1,20 @@
 """Decontamination, against the definition in plain Python: sets of runs of normalized words."""
 
+import functools
 import json
 import random
 import unicodedata
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megagpt.corpus import decontaminate, external
+from megagpt.corpus.clean import clean
 from megagpt.corpus.config import CleanConfig, DecontaminateConfig
 from megagpt.corpus.decontaminate import EvaluationIndex, EvaluationTask, evaluation_files, normalized_words, open_index
 from megagpt.corpus.reasons import CONTAMINATED
@@ -18,6 +22,7 @@ from megagpt.corpus.screening import Screened, Screening
 from megagpt.errors import UserError
 from tests.unit.corpus.texts import WORDS, write_jsonl
 
+NO_CLEANING = CleanConfig(enabled=False)
 QUESTION = "If a train leaves the station at noon, and travels at 60 miles an hour, when will it arrive in Leeds?"
 
 
@@ -31,10 +36,16 @@ def plain_runs(text: str, size: int) -> list[tuple[str, ...]]:
     return [tuple(words[i : i + size]) for i in range(max(1, len(words) - size + 1))] if words else []
 
 
-def index_of(folder: Path, files: list[str], size: int = 13, text_keys: tuple[str, ...] = ("text",)) -> EvaluationIndex:
+def index_of(
+    folder: Path,
+    files: list[str],
+    size: int = 13,
+    text_keys: tuple[str, ...] = ("text",),
+    cleaning: CleanConfig = NO_CLEANING,
+) -> EvaluationIndex:
     config = DecontaminateConfig(files=files, text_keys=list(text_keys), ngram_words=size)
     folder.mkdir()
-    EvaluationTask(tuple(evaluation_files(config)), text_keys, size).run(folder)
+    EvaluationTask(tuple(evaluation_files(config)), text_keys, size, cleaning).run(folder)
     return EvaluationIndex(folder, size)
 
 
@@ -133,6 +144,60 @@ def test_files_of_any_format_in_folders_and_patterns_are_read_and_empty_ones_pas
     assert index.find("delta epsilon zeta x") is not None
     empty = index_of(tmp_path / "none", [str(tmp_path / "sets" / "empty.txt")], 3)
     assert empty.find("alpha beta gamma") is None
+
+
+def test_a_verbatim_copy_is_found_after_cleaning_and_so_is_the_cleaned_text(tmp_path: Path) -> None:
+    rows = [
+        "please write to the address john.smith@example.com and ask for the small red book of poems",
+        "the answer of the <b>first</b> question is that &amp; sign stands for and in most old texts",
+        "it was the firm cafÃ© owner who said that he would never sell the place to them",
+        "in the year 1999 the host with 8.8.8.8 as address was answering to all of the other machines",
+    ]
+    config = CleanConfig(remove_html=True, mask_emails=True, mask_ips=True)
+    index = index_of(tmp_path / "index", [str(write_jsonl(tmp_path / "a.jsonl", rows))], cleaning=config)
+    for row in rows:
+        assert index.find(row) is not None
+        assert index.find(clean(row, config)) is not None
+    uncleaned = index_of(tmp_path / "uncleaned", [str(tmp_path / "a.jsonl")])
+    assert [uncleaned.find(clean(row, config)) for row in rows] == [None] * 4
+
+
+def test_the_bitmap_has_the_bits_of_all_hashes_and_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decontaminate, "_BLOCK_HASHES", 1000)
+    hashes = np.unique(np.random.default_rng(1).integers(0, 2**64, 30_000, np.uint64))
+    bits = decontaminate._bitmap(hashes)
+    width = bits.size.bit_length() + 2
+    expected = np.zeros(1 << width, bool)
+    expected[hashes >> np.uint64(64 - width)] = True
+    assert (np.unpackbits(bits, bitorder="little") == expected).all()
+    assert decontaminate._has_bit(bits, hashes).all()
+
+
+def test_more_runs_than_are_held_are_sorted_out_of_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(4)
+    rows = [" ".join(rng.choices(WORDS[:8], k=30)) for _ in range(300)]  # most runs are in several documents
+    path = str(write_jsonl(tmp_path / "a.jsonl", rows))
+    index_of(tmp_path / "whole", [path], 3)
+    monkeypatch.setattr(decontaminate, "RunWriter", functools.partial(external.RunWriter, run_records=100))
+    monkeypatch.setattr(decontaminate, "merge_runs", functools.partial(external.merge_runs, memory_bytes=1000))
+    index_of(tmp_path / "runs", [path], 3)
+    names = sorted(file.name for file in (tmp_path / "whole").iterdir())
+    assert names == sorted(file.name for file in (tmp_path / "runs").iterdir())
+    for name in names:
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "runs" / name).read_bytes()
+
+
+def test_a_key_that_is_null_is_as_one_that_is_missing(tmp_path: Path) -> None:
+    rows = [{"text": "one two three", "answer": None}, {"text": "four five six", "answer": "seven"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        index = index_of(tmp_path / f"index {name}", [str(tmp_path / name)], 3, ("text", "answer"))
+        assert index.find("one two three") is not None
+        assert index.find("five six seven") is not None
+    (tmp_path / "b.jsonl").write_text('{"text": null}')
+    with pytest.raises(UserError, match="'text' is null, not a string; name the keys"):
+        index_of(tmp_path / "none", [str(tmp_path / "b.jsonl")])
 
 
 @pytest.mark.parametrize(

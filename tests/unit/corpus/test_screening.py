@@ -21,7 +21,8 @@ def extracted(tmp_path: Path, texts: list[str], decontaminate: DecontaminateConf
     evaluation, result = tmp_path / "evaluation", tmp_path / "result"
     evaluation.mkdir()
     result.mkdir()
-    EvaluationTask(tuple(evaluation_files(decontaminate)), ("text",), decontaminate.ngram_words).run(evaluation)
+    files = tuple(evaluation_files(decontaminate))
+    EvaluationTask(files, ("text",), decontaminate.ngram_words, CleanConfig()).run(evaluation)
     only_words = FilterConfig(enabled=True, min_words=3, min_stop_words=None)
     screening = Screening(CleanConfig(), only_words, decontaminate, evaluation)
     (chunk,) = cut_into_chunks(find_files([str(path)]), 1 << 20)
