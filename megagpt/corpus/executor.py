@@ -143,6 +143,18 @@ def _run_task(target: Path, task: Task) -> Receipt:
 # Local processes
 
 
+def start_fork_server() -> multiprocessing.context.ForkServerContext:
+    """Start the process that the workers are copies of, which takes a second to import what they need, unless it runs
+    already; does not wait for it."""
+    context = multiprocessing.get_context("forkserver")  # fork is unsafe once the parent has threads
+    context.set_forkserver_preload(["__main__", "megagpt.corpus.pipeline", "datasketch"])
+    with _hidden_from_children(signal.SIGHUP):  # which a terminal sends to all its processes, as SIGINT
+        resource_tracker.ensure_running()  # before SIGINT is blocked, which it would undo
+    with _hidden_from_children(signal.SIGINT, signal.SIGHUP):
+        forkserver.ensure_running()
+    return context
+
+
 class LocalPool:
     """Processes of this machine; leaving the context ends them at once, whatever they are doing."""
 
@@ -152,12 +164,7 @@ class LocalPool:
         self._processes: set[BaseProcess] = set()
 
     def __enter__(self) -> "LocalPool":
-        context = multiprocessing.get_context("forkserver")  # fork is unsafe once the parent has threads
-        context.set_forkserver_preload(["__main__", "megagpt.corpus.pipeline", "datasketch"])
-        with _hidden_from_children(signal.SIGHUP):  # which a terminal sends to all its processes, as SIGINT
-            resource_tracker.ensure_running()  # before SIGINT is blocked, which it would undo
-        with _hidden_from_children(signal.SIGINT, signal.SIGHUP):
-            forkserver.ensure_running()
+        context = start_fork_server()
         self._executor = ProcessPoolExecutor(self.workers, context, _prepare_worker)
         return self
 

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from megagpt.corpus.config import CorpusConfig
-from megagpt.corpus.executor import LocalPool, Observer, Pool, Progress
+from megagpt.corpus.executor import LocalPool, Observer, Pool, Progress, start_fork_server
 from megagpt.corpus.gather import make_report
 from megagpt.corpus.output import (
     DATA_NAME,
@@ -57,6 +57,8 @@ def preprocess(
     """
     start = time.monotonic()
     output, work_dir = run_folders(config)
+    if pool is None:
+        start_fork_server()  # while the run is planned
     tokenizer = load_tokenizer(config.tokenizer, config.execution.vocab_dir)
     if config.execution.tokenizer_backend == "gigatoken":
         DocumentEncoder(tokenizer, "gigatoken")  # an error now, and not in a worker later

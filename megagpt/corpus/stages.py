@@ -145,7 +145,7 @@ class Stages:
         return select, settled_bounds(bounds, counts, drawn)
 
     def _tokenize(self, documents: Documents, select: StageResult, bounds: list[int]) -> StageResult:
-        config = self.config
+        config, extract = self.config, self.results["extract"]
         tasks = [
             TokenizeTask(
                 part=part,
@@ -156,6 +156,7 @@ class Stages:
                 dtype=self.dtype,
                 vocab_dir=config.execution.vocab_dir,
                 backend=config.execution.tokenizer_backend,
+                bytes_a_worker=extract.total("kept_text_bytes") // self.pool.workers,
                 shuffle=config.shuffle,
                 seed=config.seed,
             )

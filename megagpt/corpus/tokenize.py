@@ -44,6 +44,8 @@ class TokenizeTask:
     """The vocabulary that the run was planned with."""
     backend: Backend
     """Who encodes; the ids are the same."""
+    bytes_a_worker: int
+    """Text that each worker is to encode, about."""
     dtype: str
     """The dataset's type of ids."""
     shuffle: bool
@@ -55,7 +57,7 @@ class TokenizeTask:
     def run(self, folder: Path) -> Receipt:
         """See the module; counts documents, tokens, both also by number of split, text bytes, and documents by length:
         `length k` is those of 2^k to 2^(k+1) - 1 tokens. UserError: the tokenizer is another one by now."""
-        encoder = _encoder(self.tokenizer, self.vocab_dir, self.vocab_sha256, self.backend)
+        encoder = _encoder(self.tokenizer, self.vocab_dir, self.vocab_sha256, self.backend, self.bytes_a_worker)
         documents = map_array(self.part.folder / "documents.bin", DOCUMENT)
         rows = np.flatnonzero(map_array(self.select / "decisions.bin", DECISION)["removed_by"] == 0)
         kept = documents[rows]
@@ -106,8 +108,10 @@ def shuffle_keys(file: npt.NDArray[np.uint32], position: UInt64, seed: int) -> U
 
 
 @functools.cache
-def _encoder(name: str, vocab_dir: str | None, vocab_sha256: str, backend: Backend) -> DocumentEncoder:
+def _encoder(
+    name: str, vocab_dir: str | None, vocab_sha256: str, backend: Backend, bytes_a_worker: int
+) -> DocumentEncoder:
     tokenizer = load_tokenizer(name, vocab_dir)
     if tokenizer.vocab_sha256 != vocab_sha256:
         raise UserError(f"tokenizer {name}: its vocabulary changed during the run; run the command again")
-    return DocumentEncoder(tokenizer, backend)
+    return DocumentEncoder(tokenizer, backend, bytes_a_worker)

@@ -43,15 +43,17 @@ _CHARACTERS_AT_ONCE = 256
 class DocumentEncoder:
     """Encodes one document after another, in one thread: what `Tokenizer.encode_to_numpy` gives, whatever the backend.
 
-    `auto` uses gigatoken if it is usable, once TRIAL_CHARACTERS have been encoded. Not to be shared between threads.
+    `auto` uses gigatoken if it is usable, once TRIAL_CHARACTERS have been encoded, or at once if the caller expects
+    four times as many. Not to be shared between threads.
 
     Raises:
         UserError: gigatoken was asked for and cannot be used; says why.
     """
 
-    def __init__(self, tokenizer: Tokenizer, backend: Backend = "auto") -> None:
+    def __init__(self, tokenizer: Tokenizer, backend: Backend = "auto", expected_characters: int = 0) -> None:
         self._tokenizer = tokenizer
-        self._trial_left = TRIAL_CHARACTERS if backend == "auto" else None
+        trial = TRIAL_CHARACTERS if expected_characters < 4 * TRIAL_CHARACTERS else 0
+        self._trial_left = trial if backend == "auto" else None
         self._fast: _Gigatoken | None = None
         if backend == "gigatoken":
             try:

@@ -128,6 +128,15 @@ def test_the_patterns_of_the_larger_vocabularies_split_alike(name: str, monkeypa
 
 
 @pytest.mark.usefixtures("short_proof")
+def test_auto_uses_gigatoken_at_once_where_much_text_is_expected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TRIAL_CHARACTERS", 1000)
+    for expected, backend in ((3999, "tiktoken"), (4000, "gigatoken")):
+        encoder = DocumentEncoder(GPT2, "auto", expected)
+        encoder.encode("one")
+        assert encoder.backend == backend
+
+
+@pytest.mark.usefixtures("short_proof")
 def test_auto_begins_with_tiktoken_and_goes_on_with_gigatoken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TRIAL_CHARACTERS", 1000)
     encoder = DocumentEncoder(GPT2)
