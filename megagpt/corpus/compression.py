@@ -1,6 +1,8 @@
 """Compressed files as streams of their content, with an error where the content is cut short or damaged.
 
-All that precedes the damage is given first, and no more than 64 MiB is held, whatever a few bytes expand to.
+All that precedes the damage is given first. No more than 64 MiB of content is held at once, whatever a few bytes expand
+to; beside it a decompressor holds its window, as far as it is filled: 32 KiB of gzip, up to 2 GiB of zstd (8 MiB unless
+--long was given; dumps of Reddit have --long=31) and up to 1.5 GiB of xz (64 MiB with -9).
 """
 
 import bz2
