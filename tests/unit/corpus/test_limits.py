@@ -6,6 +6,7 @@ import json
 import lzma
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,9 @@ import zstandard
 from fastwarc.warc import WarcRecordType
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from megagpt.corpus.config import CorpusConfig
 from megagpt.corpus.records import BadRecord, Document
 from tests.unit.corpus.test_columnar import KINDS, outcomes, write
 from tests.unit.corpus.test_mediawiki import dump
@@ -84,6 +87,25 @@ def test_a_file_above_the_limit_is_named_unless_it_was_met_and_is_binary(tmp_pat
         (tmp_path / name).write_bytes(b"\0" + content)
         assert outcomes(read(tmp_path, max_bytes=LIMIT)) == [(0, "binary file")]
         assert outcomes(read(tmp_path / name, max_bytes=LIMIT)) == [(0, "too large")]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.html", "a.jsonl", "a.txt.gz"])
+def test_a_high_limit_alone_takes_no_memory(tmp_path: Path, name: str) -> None:
+    content = b'{"text": "one"}\n'
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+    read(tmp_path)  # whatever is imported
+    tracemalloc.start()
+    try:
+        (document,) = read(tmp_path, max_bytes=4 << 30)
+        assert isinstance(document, Document)
+        assert tracemalloc.get_traced_memory()[1] < 4 * MB
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_limit_has_a_limit() -> None:
+    with pytest.raises(ValidationError, match="less than or equal to 4096"):
+        CorpusConfig(input=["a"], output="b", max_document_mb=5000)
 
 
 # Memory
