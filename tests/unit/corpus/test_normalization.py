@@ -6,7 +6,7 @@ from typing import Literal
 
 import ftfy
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megagpt.corpus import clean, normalization
@@ -50,6 +50,8 @@ def test_a_long_run_of_marks_takes_no_long_time(form: Literal["NFC", "NFKC"], un
 
 
 @settings(max_examples=300, deadline=None)
+@example("日本\nÃ x", 30)  # bad at the beginning of a line only
+@example("日本\n\x92x", 30)
 @given(
     st.lists(
         st.sampled_from(["cafÃ©", "Ã ", "Â ", "œ", "naïve", "plain", "â€œq”", "日本", "\x85", "\x92", "вЂ", "x", " "])

@@ -1,6 +1,7 @@
 """Large files of text: by lines or paragraphs, wherever they are cut, in the memory of one document."""
 
 import gzip
+import itertools
 import re
 from pathlib import Path
 
@@ -10,8 +11,9 @@ from hypothesis import strategies as st
 
 from megagpt.corpus.finding import find_files
 from megagpt.corpus.plan import cut_into_chunks
-from megagpt.corpus.records import HARMLESS, BadRecord, Document
-from megagpt.corpus.sources import TextUnit
+from megagpt.corpus.reading import read_piece
+from megagpt.corpus.records import HARMLESS, BadRecord, Document, ReadCount
+from megagpt.corpus.sources import Piece, TextUnit
 from tests.unit.corpus.test_columnar import outcomes
 from tests.unit.corpus.test_reading import read, texts
 
@@ -46,6 +48,21 @@ def test_pieces_cut_anywhere_give_the_documents_that_another_splitter_gives(
     found = [(record.position, record.text.encode()) for record in records if isinstance(record, Document)]
     assert found == expected
     assert {record.reason for record in records if isinstance(record, BadRecord)} <= HARMLESS
+
+
+@pytest.mark.parametrize("unit", ["line", "paragraph"])
+def test_every_short_text_is_cut_in_two_anywhere(tmp_path: Path, unit: TextUnit) -> None:
+    path = tmp_path / "a.txt"
+    for size in range(1, 7):
+        for letters in itertools.product(b"\n\ra", repeat=size):
+            path.write_bytes(bytes(letters))
+            (file,) = find_files([str(path)], text_unit=unit)
+            expected = (split_lines if unit == "line" else split_paragraphs)(bytes(letters))
+            for cut in range(1, size):
+                pieces = (Piece(file, 0, 0, cut), Piece(file, 0, cut, size))
+                records = [record for piece in pieces for record in read_piece(piece, "text", ReadCount())]
+                found = [(record.position, record.text.encode()) for record in records if isinstance(record, Document)]
+                assert found == expected, (letters, cut)
 
 
 @pytest.mark.parametrize("unit", ["line", "paragraph"])
