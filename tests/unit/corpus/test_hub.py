@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,15 @@ from megagpt.corpus.plan import cut_into_chunks
 from megagpt.corpus.reading import read_piece
 from megagpt.corpus.records import ReadCount
 from megagpt.errors import UserError
-try:
-    files = find_files(sys.argv[1:-1])
-    pieces = [piece for chunk in cut_into_chunks(files, int(sys.argv[-1])) for piece in chunk.pieces]
-    records = [record for piece in pieces for record in read_piece(piece, "text", ReadCount())]
-    texts = [getattr(record, "text", str(record)) for record in records]
-    print(json.dumps({"files": [file.name for file in files], "pieces": len(pieces), "texts": texts}))
-except UserError as error:
-    print(json.dumps({"error": str(error)}))
+for name in sys.argv[1:-1]:
+    try:
+        files = find_files([name])
+        pieces = [piece for chunk in cut_into_chunks(files, int(sys.argv[-1])) for piece in chunk.pieces]
+        records = [record for piece in pieces for record in read_piece(piece, "text", ReadCount())]
+        texts = [getattr(record, "text", str(record)) for record in records]
+        print(json.dumps({"files": [file.name for file in files], "pieces": len(pieces), "texts": texts}))
+    except UserError as error:
+        print(json.dumps({"error": str(error)}))
 """
 README = """---
 configs:
@@ -84,16 +85,28 @@ def hub() -> Iterator[Hub]:
 
 
 def read(
-    hub: Hub | None, tmp_path: Path, *inputs: str, chunk_bytes: int = 1 << 30, environment: Mapping[str, str] = {}
+    hub: Hub | None, tmp_path: Path, name: str, chunk_bytes: int = 1 << 30, environment: Mapping[str, str] = {}
 ) -> dict[str, Any]:
-    """What a process of its own reads (the libraries take the hub's address when they are imported)."""
+    """What a process of its own reads of an input."""
+    (found,) = read_each(hub, tmp_path, [name], chunk_bytes, environment)
+    return found
+
+
+def read_each(
+    hub: Hub | None,
+    tmp_path: Path,
+    inputs: Sequence[str],
+    chunk_bytes: int = 1 << 30,
+    environment: Mapping[str, str] = {},
+) -> list[dict[str, Any]]:
+    """What a process of its own reads of each input (the libraries take the hub's address when they are imported)."""
     variables = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
     variables |= {"HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1", **environment}
     variables["HF_ENDPOINT"] = hub.url if hub else "http://127.0.0.1:9"  # where nothing listens
     command = [sys.executable, "-c", READ, *inputs, str(chunk_bytes)]
     done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def texts_of(content: bytes) -> list[str]:
@@ -126,16 +139,19 @@ def test_configurations_and_splits_are_chosen_by_name_and_a_wrong_name_is_told_t
 ) -> None:
     files = REPOSITORIES["org/configs"]
     both = texts_of(files["small/train-0.jsonl"]) + texts_of(files["small/train-1.jsonl"])
-    assert read(hub, tmp_path, "hf:org/configs:small")["texts"] == both
-    assert read(hub, tmp_path, "hf:org/configs:small:test")["texts"] == texts_of(files["small/test.jsonl"])
-    for name, message in (
-        ("hf:org/configs", "there is no default configuration; choose one of small, large, as in hf:org/configs:small"),
-        ("hf:org/configs:huge:train", "there is no configuration 'huge'; choose one of small, large"),
-        ("hf:org/configs:small:dev", "there is no split 'dev' of configuration 'small'; choose one of train, test"),
-        ("hf:org/plain:dev", "there is no split 'dev'; choose one of train, test"),
-        ("hf:a:b:c:d", "is not of the form hf:NAME"),
-    ):
-        assert message in read(hub, tmp_path, name)["error"]
+    default = "there is no default configuration; choose one of small, large, as in hf:org/configs:small"
+    wrong = {
+        "hf:org/configs": default,
+        "hf:org/configs:huge:train": "there is no configuration 'huge'; choose one of small, large",
+        "hf:org/configs:small:dev": "there is no split 'dev' of configuration 'small'; choose one of train, test",
+        "hf:org/plain:dev": "there is no split 'dev'; choose one of train, test",
+        "hf:a:b:c:d": "is not of the form hf:NAME",
+    }
+    train, test, *errors = read_each(hub, tmp_path, ["hf:org/configs:small", "hf:org/configs:small:test", *wrong])
+    assert train["texts"] == both
+    assert test["texts"] == texts_of(files["small/test.jsonl"])
+    for message, found in zip(wrong.values(), errors, strict=True):
+        assert message in found["error"]
 
 
 @pytest.mark.parametrize(
