@@ -1,4 +1,4 @@
-"""python -m tools.config_docs: write docs/configuration.md from the configuration's schema."""
+"""python -m tools.config_docs: write docs/configuration.md and docs/corpus_configuration.md from the schemas."""
 
 from pathlib import Path
 from typing import Annotated
@@ -6,28 +6,47 @@ from typing import Annotated
 import typer
 
 from megagpt.config.reference import reference
+from megagpt.corpus.config import CorpusConfig
 from megagpt.errors import UserError
 from tools.command import run_command, single_command
 
 PROGRAM = "python -m tools.config_docs"
+_CORPUS_HEAD = """\
+# Configuration of a corpus
+
+<!-- Written by `python -m tools.config_docs` from megagpt/corpus/config.py; change that file and run it again. -->
+
+What `python -m tools.preprocess` does is configured by a YAML file (configs/data/ has some for several kinds of text)
+and by flags, which win:
+
+    python -m tools.preprocess --config configs/data/web.yaml --input 'crawl/*.warc.gz' --output data/web
+
+`execution`, `output` and `max_bad` never change a byte of the dataset; all else does, and is in its manifest.
+"""
+
+
+def pages() -> dict[str, str]:
+    """The pages by their names."""
+    return {"configuration.md": reference(), "corpus_configuration.md": reference(CorpusConfig, _CORPUS_HEAD)}
 
 
 def main(
-    output: Annotated[Path, typer.Option(help="The page to write.")] = Path("docs/configuration.md"),
-    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if the page is not current.")] = False,
+    folder: Annotated[Path, typer.Option(help="Where the pages are written.")] = Path("docs"),
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; fail if a page is not current.")] = False,
 ) -> None:
-    """Write the reference of all configuration keys from the schema's types and docstrings.
+    """Write the reference of all configuration keys from the schemas' types and docstrings.
 
     Example: python -m tools.config_docs --check
     """
-    page = reference()
-    try:
-        if not check:
-            output.write_text(page, encoding="utf-8")
-        elif output.read_text(encoding="utf-8") != page:
-            raise UserError(f"{output}: not current; run {PROGRAM}")
-    except OSError as error:
-        raise UserError(f"{output}: {error.strerror}") from error
+    for name, page in pages().items():
+        path = folder / name
+        try:
+            if not check:
+                path.write_text(page, encoding="utf-8")
+            elif path.read_text(encoding="utf-8") != page:
+                raise UserError(f"{path}: not current; run {PROGRAM}")
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}") from error
 
 
 if __name__ == "__main__":

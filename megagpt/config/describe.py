@@ -70,4 +70,6 @@ def _expectation(annotation: Any, metadata: Sequence[Any] = ()) -> str:
         return f"a list of {entries}" + (f", at least {least}" if least else "")
     if origin is tuple:
         return f"a list of {len(arguments)}, each {_expectation(arguments[0])}"
+    if origin is dict and arguments[1] is float:
+        return "a mapping of names to numbers"
     return f"a section with {', '.join(section.model_fields)}" if section else "a mapping of JSON values"

@@ -1,7 +1,9 @@
-"""docs/configuration.md, made from the schema: one table a section with each key's type, default and meaning."""
+"""Pages made from a schema, such as docs/configuration.md: a table a section, each key's type, default and meaning."""
 
 import inspect
+import itertools
 from collections.abc import Iterator
+from typing import Any
 
 from pydantic.fields import FieldInfo
 
@@ -9,7 +11,7 @@ from megagpt.config.describe import expectation, nested_section
 from megagpt.config.schema import RunConfig, Section
 from megagpt.config.yaml12 import dump
 
-_HEAD = """\
+RUN_HEAD = """\
 # Configuration
 
 <!-- Written by `python -m tools.config_docs` from megagpt/config/schema.py; change that file and run it again. -->
@@ -24,16 +26,20 @@ reported at once. The run folder's `config.yaml` holds the resolved configuratio
 """
 
 
-def reference() -> str:
-    """The reference of all configuration keys as Markdown."""
-    parts = [_HEAD]
-    for name, field in RunConfig.model_fields.items():
-        section = nested_section(field.annotation)
-        if section:
-            parts += _tables(section, f"{name}.")
+def reference(schema: type[Section] = RunConfig, head: str = RUN_HEAD) -> str:
+    """The reference of all keys of a configuration as Markdown, after `head`."""
+    parts = [head]
+    for is_section, group in itertools.groupby(schema.model_fields.items(), lambda item: _section_of(item) is not None):
+        fields = list(group)
+        if is_section:
+            parts += [part for name, field in fields for part in _tables(_section_of((name, field)), f"{name}.")]
         else:
-            parts.append(f"## {name}\n\n{_table([(name, field)])}")
+            parts.append(f"## {', '.join(name for name, _ in fields)}\n\n{_table(fields)}")
     return "\n".join(parts)
+
+
+def _section_of(item: tuple[str, FieldInfo]) -> Any:
+    return nested_section(item[1].annotation)
 
 
 def _tables(section: type[Section], prefix: str) -> Iterator[str]:
@@ -52,5 +58,9 @@ def _table(fields: list[tuple[str, FieldInfo]]) -> str:
     rows = [("Key", "Value", "Default", "Meaning"), ("---",) * 4]
     for key, field in fields:
         default = "required" if field.is_required() else f"`{dump(field.default, flow=True).strip()}`"
-        rows.append((f"`{key}`", expectation(field), default, field.description or ""))
-    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |\n" for row in rows)
+        rows.append((f"`{key}`", expectation(field), default, " ".join((field.description or "").split())))
+    return "".join(f"| {' | '.join(_escaped(cell) for cell in row)} |\n" for row in rows)
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", r"\|").replace("<", "&lt;")

@@ -175,11 +175,13 @@ class DedupConfig(Section):
     num_perm: int = Field(128, gt=0)
     """Permutations, the length of a signature; a document takes 4 bytes for each in the work folder."""
     bands: int | None = Field(None, gt=0)
-    """Bands of a signature; documents that agree in one are candidates. null, and then rows, too: see `banding`."""
+    """Bands of a signature; documents that agree in one are candidates. null, and then rows, too: by `band_rule`."""
     rows: int | None = Field(None, gt=0)
     """Values of a signature in each band."""
     band_rule: Literal["recall", "datasketch"] = "recall"
-    """How bands and rows are chosen where they are null: see `banding`."""
+    """How bands and rows are chosen. recall: 14 x 8 from a threshold of 0.8 up, below it the most rows by which a pair
+    at the threshold is a candidate with probability 0.95. datasketch: as its MinHashLSH does, 9 x 13 at 0.8, by which
+    three in ten pairs of a similarity of 0.85 are missed."""
     verification: Literal["estimate", "exact", "none"] = "estimate"
     """What decides about a candidate pair: the signatures' estimate of its similarity, the exact one (slower, reads
     the texts again), or nothing, which chains documents that share no more than a band into large clusters."""
@@ -198,12 +200,10 @@ class DedupConfig(Section):
 
     @property
     def banding(self) -> tuple[int, int]:
-        """Bands and rows, with the defaults resolved.
+        """Bands and rows, with the defaults resolved: see `band_rule`.
 
-        Those are 14 x 8 from a threshold of 0.8 up (Penedo et al. 2024, FineWeb), if num_perm allows; else the most
-        rows, and with them the fewest candidates in vain, by which a pair at the threshold is a candidate with
-        probability 0.95. The rule `datasketch` is that of its MinHashLSH, which weighs candidates in vain against
-        pairs that are missed: 9 x 13 at 0.8, by which three in ten pairs of a similarity of 0.85 are missed.
+        14 x 8 is that of FineWeb (Penedo et al. 2024), if num_perm allows; the most rows give the fewest candidates in
+        vain.
         """
         if self.bands and self.rows:
             return self.bands, self.rows

@@ -5,9 +5,12 @@ from pathlib import Path
 import pytest
 
 from megagpt.config.describe import all_keys
-from megagpt.config.reference import reference
+from megagpt.config.schema import RunConfig
+from megagpt.corpus.config import CorpusConfig
+from tools.config_docs import pages
 
 ROOT = Path(__file__).parents[3]
+NAMES = ("configuration.md", "corpus_configuration.md")
 
 
 def config_docs(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -15,27 +18,29 @@ def config_docs(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
 
 
-def test_the_committed_page_is_what_the_schema_gives():
-    page = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
-    assert page == reference(), "run python -m tools.config_docs"
+@pytest.mark.parametrize("name", NAMES)
+def test_the_committed_pages_are_what_the_schemas_give(name):
+    assert (ROOT / "docs" / name).read_text(encoding="utf-8") == pages()[name], "run python -m tools.config_docs"
 
 
-def test_every_key_has_a_row_and_a_meaning():
-    rows = [line for line in reference().splitlines() if line.startswith("| `")]
-    for key, _ in all_keys():
+@pytest.mark.parametrize(("name", "schema"), zip(NAMES, (RunConfig, CorpusConfig), strict=True))
+def test_every_key_has_a_row_and_a_meaning(name, schema):
+    rows = [line for line in pages()[name].splitlines() if line.startswith("| `")]
+    for key, _ in all_keys(schema):
         (row,) = [row for row in rows if row.startswith(f"| `{key}` |")]
         assert all(cell.strip() for cell in row.strip("|").split(" | ")), key
 
 
 @pytest.mark.slow
-def test_the_command_writes_the_page_and_tells_when_it_is_stale(tmp_path):
-    page = tmp_path / "page.md"
-    assert config_docs("--output", str(page)).returncode == 0
-    assert page.read_text(encoding="utf-8") == reference()
-    assert config_docs("--output", str(page), "--check").returncode == 0
+def test_the_command_writes_the_pages_and_tells_when_one_is_stale(tmp_path):
+    assert config_docs("--folder", str(tmp_path)).returncode == 0
+    assert {path.name: path.read_text(encoding="utf-8") for path in tmp_path.iterdir()} == pages()
+    assert config_docs("--folder", str(tmp_path), "--check").returncode == 0
+    page = tmp_path / "corpus_configuration.md"
     page.write_text("old", encoding="utf-8")
-    stale = config_docs("--output", str(page), "--check")
+    stale = config_docs("--folder", str(tmp_path), "--check")
     assert (stale.returncode, stale.stderr) == (1, f"error: {page}: not current; run python -m tools.config_docs\n")
     assert page.read_text(encoding="utf-8") == "old"
-    missing = config_docs("--output", str(tmp_path / "none" / "page.md"))
-    assert (missing.returncode, missing.stderr) == (1, f"error: {tmp_path}/none/page.md: No such file or directory\n")
+    missing = config_docs("--folder", str(tmp_path / "none"))
+    missing_page = tmp_path / "none" / NAMES[0]
+    assert (missing.returncode, missing.stderr) == (1, f"error: {missing_page}: No such file or directory\n")
