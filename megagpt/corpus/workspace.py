@@ -156,7 +156,7 @@ def write_folder(folder: Path, write: Callable[[Path], Receipt]) -> Receipt:
             fsync_path(Path(parent))
         aside.rename(folder)
         fsync_path(folder.parent)
-    except BaseException:
+    except BaseException:  # an interrupt, too, leaves no half-written folder, and goes on
         shutil.rmtree(aside, ignore_errors=True)
         raise
     return receipt
