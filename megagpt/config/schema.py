@@ -117,13 +117,15 @@ class DataSource(Section):
     """Prefix of the dataset's files: data/corpus/train for data/corpus/train.bin and train.idx."""
     weight: float = Field(1.0, gt=0)
     """Share of this dataset in the blend, relative to the sum of all weights."""
+    name: str | None = Field(None, min_length=1)
+    """What the metrics call it; null: the last parts of its path, as many as tell the datasets apart."""
 
 
 class DataConfig(Section):
     """The token datasets."""
 
     train: list[DataSource] = Field(min_length=1)
-    """Datasets to train on: a list of {path, weight}."""
+    """Datasets to train on: a list of {path, weight, name}."""
     validation: list[DataSource] = []
     """Datasets to evaluate on, each on its own; empty: no evaluation."""
     seq_len: int | None = Field(None, gt=0)
@@ -155,7 +157,10 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Learning rate by step: linear warm-up to optimizer.lr, then the named shape down to lr x min_lr_ratio."""
+    """Learning rate by step or token: linear warm-up to optimizer.lr, then the named shape to lr x min_lr_ratio.
+
+    With warmup_tokens or decay_tokens the whole schedule counts tokens, which matters where the batch size changes.
+    """
 
     name: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     """Shape after warm-up; wsd (warm-up, stable, decay) holds the peak and falls linearly at the end of the run."""
@@ -163,6 +168,10 @@ class ScheduleConfig(Section):
     """Steps from 0 to the peak."""
     decay_steps: int | None = Field(None, gt=0)
     """Steps of the fall; null: all steps after warm-up (cosine, linear), the last tenth of train.steps (wsd)."""
+    warmup_tokens: int | None = Field(None, ge=0)
+    """Tokens from 0 to the peak, instead of warmup_steps."""
+    decay_tokens: int | None = Field(None, gt=0)
+    """Tokens of the fall, instead of decay_steps; null: as decay_steps, in tokens if warmup_tokens is given."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
     """Final learning rate divided by the peak."""
 
@@ -174,8 +183,16 @@ class TrainConfig(Section):
     """Folder of the run: configuration, metrics, checkpoints, logs."""
     steps: int = Field(1000, gt=0)
     """Optimizer steps of the whole run, resumes included."""
+    tokens: int | None = Field(None, gt=0)
+    """Tokens of the whole run, rounded up to whole steps; given, they count instead of train.steps."""
     global_batch_size: int = Field(32, gt=0)
     """Sequences an optimizer step, over all ranks; the same at every world size."""
+    rampup_start: int | None = Field(None, gt=0)
+    """Sequences of the first step, from which the batch grows to global_batch_size; null: no ramp-up."""
+    rampup_increment: int | None = Field(None, gt=0)
+    """Sequences that each stage of the ramp-up adds; null: rampup_start."""
+    rampup_samples: int | None = Field(None, gt=0)
+    """Sequences after which the ramp-up reaches global_batch_size, in stages of equal length; with rampup_start."""
     micro_batch_size: int | None = Field(None, gt=0)
     """Sequences a rank processes at once; null: its whole share of the global batch, without accumulation."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
@@ -188,6 +205,12 @@ class TrainConfig(Section):
     """Whether to compile the model's blocks and loss with torch.compile; at parallel.zero_stage 3 the loss only."""
     activation_checkpointing: bool = False
     """Whether blocks recompute their activations in backward: about a third more compute for much less memory."""
+    init_from: str | None = Field(None, min_length=1)
+    """Run folder, checkpoint or export whose weights a new run starts from; null: random weights."""
+    deterministic: bool = False
+    """Whether two runs give the same bits; takes torch's deterministic kernels, which are slower on GPUs."""
+    profile: str | None = Field(None, pattern=r"^(steps )?[0-9]+(-[0-9]+)?$")
+    """Steps of which torch's profiler writes a trace for Perfetto to run_dir/profile: "steps 10-12"; null: none."""
 
     @field_validator("micro_batch_size")
     @classmethod
@@ -234,6 +257,9 @@ class ParallelConfig(Section):
         return offload
 
 
+Change = Literal["data", "tokenizer", "seq_len", "document_mask", "batch_size", "schedule", "precision"]
+
+
 class CheckpointConfig(Section):
     """When to save, how many to keep, where to continue from."""
 
@@ -243,6 +269,12 @@ class CheckpointConfig(Section):
     """Number of newest checkpoints to keep."""
     resume: str = "auto"
     """auto: continue from run_dir's newest complete checkpoint, if any; never: start anew; or a checkpoint's path."""
+    asynchronous: bool = True
+    """Whether a checkpoint is copied to host memory and written while training goes on; costs that memory."""
+    on_error: Literal["stop", "continue"] = "stop"
+    """What a checkpoint that cannot be written (full disk) does to the run; older checkpoints stay in any case."""
+    allow_changes: list[Change] = []
+    """What may differ from the checkpoint at a resume; the difference is logged. See docs/checkpoints.md."""
 
 
 class EvaluationConfig(Section):
@@ -252,6 +284,27 @@ class EvaluationConfig(Section):
     """Steps between evaluations; the last step is always evaluated; 0: only the last step."""
     batches: int | None = Field(None, gt=0)
     """Global batches an evaluation; null: the whole validation dataset."""
+    prompts: list[str] = []
+    """Texts that the model continues at each evaluation, for people to read; logged with what it wrote."""
+    sample_tokens: int = Field(64, gt=0)
+    """Tokens that each of evaluation.prompts is continued by, drawn at temperature 1."""
+
+
+class FaultsConfig(Section):
+    """What goes wrong in long runs, and what to do about it."""
+
+    step_timeout: float = Field(1800.0, ge=0)
+    """Seconds without progress after which every rank writes its stacks to logs/ and exits with 86; 0: never."""
+    max_skipped_steps: int = Field(20, gt=0)
+    """Steps in a row with a non-finite loss or gradient that stop the run, with a checkpoint of before them."""
+    spike_window: int = Field(128, ge=8)
+    """Steps whose losses a new one is compared with."""
+    spike_threshold: float = Field(8.0, ge=0)
+    """Robust z-score (distance from the median over 1.4826 x the median distance) of a loss spike; 0: none."""
+    spike_action: Literal["log", "rollback"] = "log"
+    """What a loss spike does: log it with its sample ids, or also go back to the checkpoint and skip that batch."""
+    max_rollbacks: int = Field(10, ge=0)
+    """Rollbacks of the whole run; the next spike after them stops it."""
 
 
 class LoggingConfig(Section):
@@ -290,6 +343,8 @@ class RunConfig(Section):
     """Validation."""
     logging: LoggingConfig = LoggingConfig()
     """Reports."""
+    faults: FaultsConfig = FaultsConfig()
+    """Hangs, non-finite numbers, loss spikes."""
     deepspeed: dict[str, JsonValue] = {}
     """Raw DeepSpeed options, merged last over what the other sections give; shown in the log."""
 

@@ -1,10 +1,21 @@
 """metrics.jsonl, the truth of a run, and its mirrors: console, Weights & Biases, TensorBoard.
 
-One JSON object a line, with `kind`:
-  train       step, tokens, loss, lr, grad_norm, step_seconds, data_seconds, tokens_per_second, mfu, skipped_steps,
-              peak_memory_bytes, eta_seconds
-  validation  step, dataset, loss, perplexity, targets, seconds
-  checkpoint  step, path, seconds
+One JSON object a line. Every one has `kind`, `step` (optimizer steps done) and `time` (seconds since 1970):
+  start       world_size, zero_stage, precision, micro_batch_size, continues_from (name of the checkpoint, or null)
+  train       tokens, batch_size (sequences), loss, lr, grad_norm, step_seconds, data_seconds, forward_backward_seconds,
+              optimizer_seconds, checkpoint_seconds, evaluation_seconds, tokens_per_second, tokens_per_second_per_rank,
+              mfu, skipped_steps, peak_memory_bytes, goodput, straggler_ratio, slowest_rank, epochs (by dataset),
+              eta_seconds
+  validation  dataset, loss, perplexity, bits_per_byte (null without a tokenizer), targets, seconds
+  sample      prompt, text
+  checkpoint  path, seconds, stall_seconds, bytes
+  event       event (spike, rollback, changes, ...), message, and what belongs to it
+  stop        reason
+
+Seconds of a train record are means over the steps since the one before; step_seconds holds data, forward_backward and
+optimizer, not checkpoint and evaluation. goodput is the time spent in steps that count (not repeated after a restart)
+over the time since the run's first start. straggler_ratio is the slowest rank's own time, without waiting for others,
+over the median rank's.
 
 A number that is not finite (the loss of a step that overflowed) is null.
 
