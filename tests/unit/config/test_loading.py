@@ -194,7 +194,10 @@ def test_each_contradiction_and_wrong_override_is_one_line_that_names_the_key(wr
         (b"\na: !!python/name:os.system\n", "c.yaml:2: not valid YAML: could not determine a constructor"),
         (b"? [a, b]\n: 1\n", "c.yaml:1: not valid YAML: while constructing a mapping, found unhashable key"),
         (b"train: {steps: 500}\n", "c.yaml: data: required, but not given; expected a section with train"),
-        (b"data:\n", "c.yaml:1: data.train: required, but not given; expected a list of {path, weight, name}, at least 1"),
+        (
+            b"data:\n",
+            "c.yaml:1: data.train: required, but not given; expected a list of {path, weight, name}, at least 1",
+        ),
     ],
 )
 def test_a_file_that_is_no_configuration_is_one_line_with_its_line_number(tmp_path, monkeypatch, content, message):
