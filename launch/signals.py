@@ -23,7 +23,7 @@ class StopSignals:
     def __init__(self, exit_process: Callable[[int], object] = os._exit) -> None:
         """exit_process: how a second signal ends this process."""
         self._exit_process = exit_process
-        self._first: tuple[str, float] | None = None
+        self._first: tuple[int, float] | None = None
         readable, writable = os.pipe()
         os.set_blocking(writable, False)
         signal.set_wakeup_fd(writable, warn_on_full_buffer=False)
@@ -32,19 +32,19 @@ class StopSignals:
         threading.Thread(target=self._listen, args=(readable,), name="signals", daemon=True).start()
 
     @property
-    def requested(self) -> str | None:
-        """The signal that asked to stop, by name; None: none did."""
-        return self._first[0] if self._first else None
+    def requested(self) -> int:
+        """The number of the signal that asked to stop; 0: none did."""
+        return self._first[0] if self._first else 0
 
     def _listen(self, pipe: int) -> None:
         while byte := os.read(pipe, 1):
             if byte[0] in _SIGNALS:
-                self._take(signal.Signals(byte[0]).name)
+                self._take(byte[0])
 
-    def _take(self, name: str) -> None:
-        now = time.monotonic()
+    def _take(self, number: int) -> None:
+        now, name = time.monotonic(), signal.Signals(number).name
         if self._first is None:
-            self._first = name, now
+            self._first = number, now
             _tell(f"{name}: stopping after this step, with a checkpoint; a second signal ends the process at once")
         elif now - self._first[1] > _SAME_SECONDS:
             _tell(f"second signal {name}: ending at once; the last complete checkpoint stays")

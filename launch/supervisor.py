@@ -37,8 +37,8 @@ class ProcessSupervisor(Supervisor):
         self._liveness = Liveness(place.rank, self._lost)
         self._join()
 
-    def stop_requested(self) -> str | None:
-        """The signal that asked this process to stop."""
+    def stop_requested(self) -> int:
+        """The number of the signal that asked this process to stop; 0: none did."""
         return self._signals.requested
 
     def beat(self, phase: str) -> None:

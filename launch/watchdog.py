@@ -41,8 +41,12 @@ class Watchdog:
         self._thread.join()
         faulthandler.cancel_dump_traceback_later()
         self._output.close()
-        if not Path(self._output.name).stat().st_size:
-            Path(self._output.name).unlink()
+        self._drop_empty_output()
+
+    def _drop_empty_output(self) -> None:
+        path = Path(self._output.name)
+        if path.exists() and not path.stat().st_size:
+            path.unlink()
 
     def write_state(self, headline: str) -> None:
         """Write what this rank is doing to its file."""
@@ -53,6 +57,8 @@ class Watchdog:
             file.write("\nStacks of all threads, the newest call first:\n\n")
             file.flush()
             faulthandler.dump_traceback(file, all_threads=True)
+        faulthandler.cancel_dump_traceback_later()
+        self._drop_empty_output()
 
     def _watch(self) -> None:
         while not self._stop.wait(min(_CHECK_SECONDS, self._timeout / 4)):

@@ -1,6 +1,7 @@
 """The callback that measures a run and hands records to the sinks."""
 
 import resource
+import signal
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -82,8 +83,8 @@ class Metrics(Callback):
 
     def on_end(self, trainer: Trainer) -> None:
         if trainer.stopping or trainer.finished:
-            reason = trainer.supervisor.stop_requested() or "a signal to another rank"
-            self.write({"kind": "stop", "step": trainer.step, "reason": reason if trainer.stopping else "finished"})
+            reason = signal.Signals(trainer.stop_signal).name if trainer.stopping else "finished"
+            self.write({"kind": "stop", "step": trainer.step, "reason": reason})
         for sink in self._sinks:
             sink.close(completed=trainer.finished)
 

@@ -8,9 +8,9 @@ watches over nothing, for notebooks and tests.
 class Supervisor:
     """Watches over nothing."""
 
-    def stop_requested(self) -> str | None:
-        """Why this process was asked to stop (SIGTERM, SIGUSR1, ...); None: it was not."""
-        return None
+    def stop_requested(self) -> int:
+        """The number of the signal that asked this process to stop; 0: none did."""
+        return 0
 
     def beat(self, phase: str) -> None:
         """Training has come to `phase` ("step 12: forward and backward"): it does not hang."""

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 
@@ -92,8 +91,8 @@ class Trainer:
         self.progress, self.hosts, self.supervisor, self.rank = progress, hosts, supervisor, rank
         self.schedule = Schedule.of(config)
         self.total_steps = config.total_steps
-        self.stopping = False
-        """Whether the ranks agreed to stop although steps are left."""
+        self.stop_signal = 0
+        """The signal for which the ranks agreed to stop although steps are left; 0: none."""
         self.any_busy = False
         """Whether `busy` was true on any rank when the last step began."""
         self.busy: Callable[[], bool] = lambda: False
@@ -104,6 +103,11 @@ class Trainer:
     def step(self) -> int:
         """Optimizer steps done, or given to the device."""
         return self.progress.step
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the ranks agreed to stop although steps are left."""
+        return self.stop_signal > 0
 
     @property
     def finished(self) -> bool:
@@ -171,10 +175,10 @@ class Trainer:
                 callback.on_numbers(self, info, numbers)
 
     def _flags(self) -> list[int]:
-        return [self.supervisor.stop_requested() is not None, self.busy()]
+        return [self.supervisor.stop_requested(), self.busy()]
 
-    def _learn(self, flags: list[Any]) -> None:
-        self.stopping, self.any_busy = self.stopping or bool(flags[0]), bool(flags[1])
+    def _learn(self, flags: list[int]) -> None:
+        self.stop_signal, self.any_busy = self.stop_signal or flags[0], bool(flags[1])
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:
