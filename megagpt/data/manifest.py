@@ -13,7 +13,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megagpt.data.atomic import replace_file
-from megagpt.data.indexed import IndexedDataset, idx_path
+from megagpt.data.indexed import IndexedDataset, idx_path, mask_path
 from megagpt.errors import UsageError, UserError
 from megagpt.tokenizer import Tokenizer, load_tokenizer
 
@@ -127,7 +127,8 @@ class Manifest(_Record):
     def of(cls, dataset: IndexedDataset) -> "Manifest | None":
         """The manifest that describes `dataset`; None if its folder has none, or one without this split.
 
-        UserError: as `load`, or the manifest counts other documents, sequences or tokens than the files hold.
+        UserError: as `load`, or the manifest counts other documents, sequences or tokens than the files hold, or lists
+        a loss mask that is missing, without which a model would learn what it must not.
         """
         prefix = Path(dataset.prefix)
         manifest = cls.load(prefix.parent)
@@ -141,6 +142,9 @@ class Manifest(_Record):
                 f"tokens, but {FILE_NAME} beside it says {listed.documents}, {listed.sequences}, {listed.tokens}; "
                 "copy the whole dataset again"
             )
+        mask = mask_path(prefix)
+        if dataset.loss_mask is None and mask.name in manifest.checksums:
+            raise UserError(f"{mask}: no such file, but {FILE_NAME} beside it lists it; copy the whole dataset again")
         return manifest
 
     def load_tokenizer(self, folder: str | Path, vocab_dir: str | Path | None = None) -> Tokenizer:
