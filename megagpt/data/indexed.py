@@ -7,7 +7,9 @@ A dataset may have a third file, `prefix.mask`: a byte a token, 1 where it count
 The files are memory-mapped: opening costs the same at any size, and processes share the pages.
 """
 
+import errno
 import os
+import resource
 import shutil
 import struct
 from collections.abc import Iterable, Iterator
@@ -443,7 +445,26 @@ def _map(path: Path) -> npt.NDArray[np.uint8]:
             f"{path}: no such file; a dataset is named by its prefix: data/train for data/train.bin and data/train.idx"
         ) from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        if error.errno != errno.EMFILE:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        if _raise_limit_of_open_files():
+            return _map(path)
+        raise UserError(
+            f"{path}: cannot be read: {error.strerror}; an open dataset holds two or three: raise the limit (ulimit -n)"
+        ) from None
+
+
+def _raise_limit_of_open_files() -> bool:
+    """Raise the soft limit, 1,024 on most machines, as a process may do up to the hard one; False: it is there.
+
+    A mapped file stays open. A limit no higher than needed keeps file numbers low, for libraries that use select().
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return False
+    raised = 2 * soft if hard == resource.RLIM_INFINITY else min(2 * soft, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+    return True
 
 
 @contextmanager

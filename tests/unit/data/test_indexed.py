@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +189,29 @@ def test_pickling_carries_the_prefix_not_the_tokens(tmp_path: Path) -> None:
     content = pickle.dumps(dataset)
     assert len(content) < 1000
     assert pickle.loads(content).tokens(70, 80).tolist() == list(range(70, 80))
+
+
+@pytest.fixture
+def few_open_files() -> Iterator[int]:
+    """A soft limit that leaves room for eight more files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = len(os.listdir("/proc/self/fd")) + 8
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    yield limit
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_more_datasets_than_the_soft_limit_of_open_files_can_be_open(tmp_path: Path, few_open_files: int) -> None:
+    prefixes = [write_dataset(tmp_path / str(number), [[number]]) for number in range(few_open_files)]
+    datasets = [IndexedDataset(prefix) for prefix in prefixes]
+    assert [dataset[0].tolist() for dataset in datasets] == [[number] for number in range(few_open_files)]
+
+
+def test_too_many_open_files_is_one_clear_error(tmp_path: Path, few_open_files: int, monkeypatch) -> None:
+    prefixes = [write_dataset(tmp_path / str(number), [[number]]) for number in range(5)]
+    monkeypatch.setattr(indexed.resource, "getrlimit", lambda _: (few_open_files, few_open_files))
+    with pytest.raises(UserError, match=r"/\d\.(bin|idx): cannot be read: Too many open files; .*raise the limit"):
+        print([IndexedDataset(prefix) for prefix in prefixes])
 
 
 def test_mapped_arrays_are_read_only(tmp_path: Path) -> None:

@@ -108,6 +108,18 @@ def test_a_loss_mask_that_was_not_copied_with_its_dataset_is_missed(tmp_path: Pa
         Manifest.of(IndexedDataset(tmp_path / "train"))
 
 
+def test_a_manifest_of_many_datasets_is_read_once_for_all_of_them(tmp_path: Path, monkeypatch) -> None:
+    """Or a thousand datasets of one folder would take half a minute."""
+    prefixes = [write_dataset(tmp_path / str(number), [[1]]) for number in range(3)]
+    splits = {str(number): SplitInfo(documents=1, sequences=1, tokens=1) for number in range(3)}
+    saved = save_manifest(tmp_path / "0").model_copy(update={"splits": splits})
+    saved.save(tmp_path)
+    loaded, load = [], Manifest.load
+    monkeypatch.setattr(Manifest, "load", lambda folder: loaded.append(folder) or load(folder))
+    assert common_tokenizer([IndexedDataset(prefix) for prefix in prefixes]) == saved.tokenizer
+    assert loaded == [tmp_path]
+
+
 def test_one_changed_token_is_found_by_the_checksums(tmp_path: Path) -> None:
     write_dataset(tmp_path / "train", [[1, 2], [3]])
     manifest = save_manifest(tmp_path / "train")
