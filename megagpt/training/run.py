@@ -14,7 +14,7 @@ from megagpt.config import check_batch
 from megagpt.config.schema import RunConfig
 from megagpt.data.loader import BatchLoader, TrainingData, ValidationData
 from megagpt.data.manifest import common_tokenizer
-from megagpt.errors import UsageError
+from megagpt.data.names import distinct_names
 from megagpt.model.counts import flops_per_token, parameter_count
 from megagpt.scaling.devices import peak_flops
 from megagpt.training import run_folder
@@ -99,7 +99,7 @@ def _open_data(
     """Training data, and validation data by name. Raises UserError for what is missing, damaged or does not fit."""
     vocab_size = config.model.vocab_size
     data = TrainingData(config.data.train, config.seq_len, config.train.seed, config.data.document_mask, vocab_size)
-    names = _distinct_names([source.path for source in config.data.validation])
+    names = distinct_names(config.data.validation, "data.validation")
     validation = {
         name: ValidationData(
             source,
@@ -116,18 +116,6 @@ def _open_data(
     }
     common_tokenizer([*data.datasets, *(split.dataset for split in validation.values())], vocab_size)
     return data, validation
-
-
-def _distinct_names(prefixes: list[str]) -> list[str]:
-    """Names in metrics: the last two parts of each path (corpus/validation), more where that is not enough."""
-    parts = [Path(prefix).parts for prefix in prefixes]
-    for length in range(2, max(map(len, parts), default=0) + 1):
-        names = ["/".join(path[-length:]) for path in parts]
-        if len(set(names)) == len(names):
-            return names
-    if len(set(prefixes)) < len(prefixes):
-        raise UsageError("data.validation: names a dataset twice; give each once")
-    return prefixes
 
 
 def _describe(config: RunConfig, data: TrainingData, world_size: int) -> CheckpointManifest:
