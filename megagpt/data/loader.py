@@ -20,10 +20,10 @@ import torch
 import xxhash
 
 from megagpt.config.schema import DataSource
-from megagpt.data.blend import Blend
+from megagpt.data.history import BlendedDataset, BlendHistory, DatasetIdentity, Segment
 from megagpt.data.indexed import IndexedDataset, bin_path
 from megagpt.data.manifest import common_tokenizer
-from megagpt.data.order import ORDER_VERSION
+from megagpt.data.names import distinct_names
 from megagpt.data.samples import IGNORE_INDEX, SequentialSamples, TokenArray, TokenSamples, Windows
 from megagpt.errors import UsageError, UserError
 
@@ -70,7 +70,15 @@ class SampleReader(Protocol):
 
 
 class TrainingData:
-    """The endless sequence of training samples of a weighted blend of datasets."""
+    """The endless sequence of training samples of a weighted blend of datasets.
+
+    To go on with a run whose blend may have changed:
+
+        data = TrainingData(config.data.train, ...)
+        history, differences = continue_history(checkpoint_history, consumed, data.history)
+        ...                                                              # refuse the differences, or log them
+        data.follow(history)
+    """
 
     def __init__(
         self,
@@ -84,54 +92,83 @@ class TrainingData:
 
         seq_len: tokens a sample. document_mask: whether batches have document ids. vocab_size: number of ids that the
         model knows; given it, a dataset or a batch with others is refused. UserError: a dataset is damaged or too
-        small. UsageError: its tokenizer is larger than vocab_size, or another one than the other datasets'.
+        small. UsageError: its tokenizer is larger than vocab_size, or another one than the other datasets'; or a
+        dataset or name is given twice.
         """
+        names = distinct_names(sources, "data.train")
         self.datasets = [IndexedDataset(source.path) for source in sources]
         self.tokenizer = common_tokenizer(self.datasets, vocab_size)
         """The tokenizer of the datasets, as far as they have manifests; None if none has."""
-        self.blend = Blend([source.weight for source in sources])
-        self._samples = [TokenSamples(dataset, seq_len, seed) for dataset in self.datasets]
-        self._seq_len, self._document_mask, self._vocab_size = seq_len, document_mask, vocab_size
+        self._document_mask, self._vocab_size = document_mask, vocab_size
         self._has_loss_mask = any(dataset.loss_mask is not None for dataset in self.datasets)
-        self.identity: dict[str, Any] = {
-            "order_version": ORDER_VERSION,
-            "seq_len": seq_len,
-            "seed": seed,
+        identities = [DatasetIdentity.of(dataset) for dataset in self.datasets]
+        _refuse_equal(identities, names)
+        self._samples = {
+            identity: TokenSamples(dataset, seq_len, seed)
+            for identity, dataset in zip(identities, self.datasets, strict=True)
+        }
+        datasets = [
+            BlendedDataset(name=name, weight=source.weight, identity=identity)
+            for name, source, identity in zip(names, sources, identities, strict=True)
+        ]
+        segment = Segment(start=0, seq_len=seq_len, tokenizer=self.tokenizer, datasets=datasets)
+        self.follow(BlendHistory(seed=seed, segments=[segment]))
+
+    def follow(self, history: BlendHistory) -> None:
+        """Go on from the start of the history's current segment, which blends exactly the datasets opened here."""
+        segment = history.current
+        self.history = history
+        """What was read of each dataset before, and how they are blended: what a checkpoint must keep."""
+        self.blend = segment.blend()
+        """The datasets of the samples from the current segment's start on, in its order."""
+        self._blended = [self._samples[dataset.identity] for dataset in segment.datasets]
+        assert len(self._blended) == len(self._samples), "a history of other datasets"
+        self._offsets = np.array([dataset.offset for dataset in segment.datasets])
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that decides which sample is which from here on, in JSON types; paths and machines are no part of it."""
+        segment = self.history.current
+        return {
+            "order_version": self.history.order_version,
+            "start": segment.start,
+            "seq_len": segment.seq_len,
+            "seed": self.history.seed,
             "tokenizer": self.tokenizer and self.tokenizer.vocab_sha256,
             "datasets": [
-                {
-                    "documents": dataset.num_documents,
-                    "sequences": len(dataset),
-                    "tokens": dataset.num_tokens,
-                    "dtype": str(dataset.dtype),
-                    "edge_hash": dataset.edge_hash(),
-                    "quota": quota,
-                }
-                for dataset, quota in zip(self.datasets, self.blend.quotas.tolist(), strict=True)
+                {**dataset.identity.model_dump(), "offset": dataset.offset, "quota": quota}
+                for dataset, quota in zip(segment.datasets, self.blend.quotas.tolist(), strict=True)
             ],
         }
-        """All that decides which sample is which, in JSON types; paths and machines are no part of it."""
 
     @property
     def fingerprint(self) -> str:
-        """Hash of `identity`: runs of equal fingerprints read the same samples in the same order."""
+        """Hash of `identity`: runs of equal fingerprints read the same samples in the same order from here on."""
         return xxhash.xxh3_128_hexdigest(json.dumps(self.identity, sort_keys=True).encode())
 
-    def epochs(self, consumed: int) -> list[float]:
-        """How often each dataset has been read after `consumed` samples of the blend."""
-        counts = self.blend.counts(consumed).tolist()
-        return [count / len(samples) for count, samples in zip(counts, self._samples, strict=True)]
+    def epochs(self, consumed: int) -> dict[str, float]:
+        """How often each dataset, by name, has been read after `consumed` samples of the whole run."""
+        segment = self.history.current
+        counts = self.blend.counts(consumed - segment.start).tolist()
+        return {
+            dataset.name: dataset.epochs + count / len(samples)
+            for dataset, count, samples in zip(segment.datasets, counts, self._blended, strict=True)
+        }
 
     def read(self, start: int, count: int) -> Batch:
         """Samples [start, start + count). UserError: a token id is not below vocab_size."""
-        datasets, numbers = self.blend.lookup(np.arange(start, start + count))
-        tokens = np.empty((count, self._seq_len + 1), np.int64)
-        document_ids = np.empty((count, self._seq_len), np.int32) if self._document_mask else None
-        learned = np.ones((count, self._seq_len), np.bool_) if self._has_loss_mask else None
+        segment = self.history.current
+        assert start >= segment.start, f"sample {start} is before the blend that begins at {segment.start}"
+        datasets, numbers = self.blend.lookup(np.arange(start, start + count) - segment.start)
+        numbers += self._offsets[datasets]
+        tokens = np.empty((count, segment.seq_len + 1), np.int64)
+        document_ids = np.empty((count, segment.seq_len), np.int32) if self._document_mask else None
+        learned = np.ones((count, segment.seq_len), np.bool_) if self._has_loss_mask else None
         for dataset in np.unique(datasets):
             rows = np.flatnonzero(datasets == dataset)
-            part = self._samples[dataset].read(numbers[rows], self._document_mask)
-            _check_ids(part.tokens, self._samples[dataset].dataset, self._vocab_size)
+            samples = self._blended[dataset]
+            part = samples.read(numbers[rows], self._document_mask)
+            _check_ids(part.tokens, samples.dataset, self._vocab_size)
             tokens[rows] = part.tokens
             if document_ids is not None:
                 document_ids[rows] = part.document_ids
@@ -289,6 +326,18 @@ class BatchLoader:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _refuse_equal(identities: Sequence[DatasetIdentity], names: Sequence[str]) -> None:
+    """One dataset in two places of a blend would give each sample twice, soon after one another."""
+    seen: dict[DatasetIdentity, str] = {}
+    for identity, name in zip(identities, names, strict=True):
+        if identity in seen:
+            raise UsageError(
+                f"data.train: {seen[identity]} and {name} are the same dataset; give it once, with the sum of their "
+                "weights"
+            )
+        seen[identity] = name
 
 
 def _check_ids(tokens: TokenArray, dataset: IndexedDataset, vocab_size: int | None) -> None:

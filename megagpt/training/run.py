@@ -170,7 +170,7 @@ def _print_plan(
     tokens = cut.steps * cut.global_batch_size * config.seq_len
     start = f"continues from {checkpoint.name}" if checkpoint else "starts anew"
     available = sum(dataset.num_tokens for dataset in data.datasets)
-    epochs = ", ".join(f"{epochs:.2f}" for epochs in data.epochs(cut.steps * cut.global_batch_size))
+    epochs = ", ".join(f"{epochs:.2f}" for epochs in data.epochs(cut.steps * cut.global_batch_size).values())
     mflops = flops_per_token(model, config.seq_len) / 1e6
     lines = (
         f"run      {cut.run_dir}: {start}, to step {cut.steps:,}",

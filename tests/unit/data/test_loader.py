@@ -98,12 +98,12 @@ def test_an_epoch_of_every_dataset_reads_each_of_its_samples_once(tmp_path: Path
     firsts = [data.read(epoch * 121, 121).input_ids[:, 0].numpy() for epoch in range(3)]
     for first in firsts:
         assert np.array_equal(np.sort(first) // SEQ_LEN, np.arange(121))
-    assert data.epochs(121) == [1.0]
+    assert list(data.epochs(121).values()) == [1.0]
     assert data.read(0, 1).document_ids is None
 
 
 def test_epochs_count_each_dataset_by_its_own_size(data: TrainingData) -> None:
-    assert data.epochs(1000) == [700 / 121, 300 / 34]
+    assert list(data.epochs(1000).values()) == [700 / 121, 300 / 34]
 
 
 def test_the_fingerprint_changes_with_all_that_changes_the_order_and_with_nothing_else(tmp_path: Path) -> None:
@@ -116,13 +116,24 @@ def test_the_fingerprint_changes_with_all_that_changes_the_order_and_with_nothin
     edited = DataSource(path=write_dataset(tmp_path / "edited", documents), weight=2.0)
     others = [
         TrainingData([b, a], SEQ_LEN, 5, False),
-        TrainingData([a, a], SEQ_LEN, 5, False),
+        TrainingData([a], SEQ_LEN, 5, False),
         TrainingData([a, b.model_copy(update={"weight": 0.9})], SEQ_LEN, 5, False),
         TrainingData([a, b], SEQ_LEN + 1, 5, False),
         TrainingData([a, b], SEQ_LEN, 6, False),
         TrainingData([edited, b], SEQ_LEN, 5, False),
     ]
     assert len({fingerprint, *(other.fingerprint for other in others)}) == len(others) + 1
+
+
+def test_a_dataset_in_two_places_of_a_blend_is_refused(tmp_path: Path) -> None:
+    """Each of its samples would come twice, soon after one another."""
+    copies = [source(tmp_path / name, 100) for name in ("a", "b")]
+    with pytest.raises(
+        UsageError, match=r"^data\.train: \S+/a and \S+/b are the same dataset; give it once, with the su"
+    ):
+        TrainingData(copies, SEQ_LEN, 0, False)
+    masked, _ = masked_source(tmp_path / "c", 100, seed=0)
+    TrainingData([copies[0], masked], SEQ_LEN, 0, False)
 
 
 def test_a_token_beyond_the_vocabulary_is_named_before_it_reaches_the_model(tmp_path: Path) -> None:
