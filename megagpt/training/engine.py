@@ -75,6 +75,17 @@ class StepNumbers(NamedTuple):
     """Clipping, update, and gathering of the new weights."""
 
 
+class EvaluationResult(NamedTuple):
+    """What one evaluation found."""
+
+    loss: float
+    """Mean over all targets, nats."""
+    targets: int
+    """Their number."""
+    bytes: int | None
+    """Bytes of text that they stand for; None if that is not known."""
+
+
 class StepResult:
     """A step's numbers on their way from the device: `read` waits for them, and for nothing queued later."""
 
@@ -282,22 +293,24 @@ class Engine:
     @torch.no_grad()
     def evaluate(
         self, batches: Iterable[Batch], interrupted: Callable[[], bool] = lambda: False
-    ) -> tuple[float, int] | None:
-        """Mean loss over all targets of all ranks' batches, and their number. Every rank must bring as many batches.
+    ) -> EvaluationResult | None:
+        """Mean loss over all targets of all ranks' batches. Every rank must bring as many batches as the others.
 
         None if `interrupted`, which is asked on every rank before each batch and must answer the same on all, said so.
         """
         self._engine.eval()
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
         for batch in batches:
             if interrupted():
                 return None
             moved = self._to_device(batch)
             totals[0] += self._engine(moved.input_ids, moved.targets, moved.document_ids)
             totals[1] += (moved.targets != IGNORE_INDEX).sum()
+            if moved.target_bytes is not None:
+                totals[2] += moved.target_bytes.sum()
         dist.all_reduce(totals)
-        loss_sum, count = totals.tolist()
-        return loss_sum / max(count, 1), int(count)
+        loss_sum, count, size = totals.tolist()
+        return EvaluationResult(loss_sum / max(count, 1), int(count), int(size) or None)
 
     def save(self, folder: Path, snapshot: bool) -> dict[Path, Any]:
         """Contents of this rank's files of weights and optimizer state, to be written below `folder`.

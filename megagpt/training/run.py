@@ -1,28 +1,32 @@
 """One training run from its configuration: check, build, resume, fit."""
 
+import logging
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Literal
 
 import deepspeed
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from rich.console import Console
 
 import megagpt
 from megagpt.config import check_batches
-from megagpt.config.schema import RunConfig
+from megagpt.config.schema import DataSource, RunConfig
 from megagpt.data.loader import BatchLoader, TrainingData, ValidationData, step_windows
 from megagpt.data.manifest import Manifest, common_tokenizer
-from megagpt.errors import UsageError
+from megagpt.data.names import distinct_names
+from megagpt.errors import UsageError, UserError
 from megagpt.inference.generate import encode_prompt, tokens_left
 from megagpt.model.counts import flops_per_token, parameter_count
 from megagpt.scaling.devices import peak_flops
-from megagpt.tokenizer import Tokenizer
+from megagpt.tokenizer import Tokenizer, token_byte_lengths
 from megagpt.training import run_folder
 from megagpt.training.callbacks import Checkpointing, Evaluation, Profiling
 from megagpt.training.checkpoint import CheckpointManifest, newest_checkpoint
@@ -39,6 +43,8 @@ from megagpt.training.schedule import Schedule
 from megagpt.training.sinks import ConsoleSink, TensorBoardSink, WandbSink
 from megagpt.training.supervision import Supervisor
 from megagpt.training.trainer import Callback, Progress, Trainer
+
+logger = logging.getLogger(__name__)
 
 Outcome = Literal["finished", "stopped"]
 
@@ -63,12 +69,15 @@ def train(config: RunConfig, device: torch.device, console: Console, supervisor:
         template = _describe(config, data, world_size)
         resumption = find_resumption(config, template)
         progress = _progress(resumption)
+        if resumption:
+            data.follow(resumption.history)
+            template = template.model_copy(update={"data": data.history})
         if progress.step >= config.total_steps and not progress.evaluation_due:
             if rank == 0:
                 done = f"{config.train.run_dir}: all {config.total_steps} steps are done"
                 console.print(f"{done}; raise train.steps to go on")
             return "finished"
-        write_samples = together(lambda: _sample_writer(config, data))
+        write_samples = together(lambda: _sample_writer(config))
         on_rank_0(lambda: run_folder.prepare(config, data, progress.step))
         if rank == 0:
             _print_plan(console, config, data, device, micro_batch_size, accumulation_steps, resumption)
@@ -135,7 +144,7 @@ class _Run:
         sinks = together(lambda: self._open_sinks(progress.step) if self.rank == 0 else [])
         on_gpu = device.type == "cuda"
         peak = peak_flops(torch.cuda.get_device_name(device), config.train.precision) if on_gpu else None
-        metrics = Metrics(sinks, peak, self._epochs, first)
+        metrics = Metrics(sinks, peak, self.data.epochs, first)
         evaluation = Evaluation(self.validation, metrics, lambda trainer: self.write_samples(trainer, metrics))
         checkpointing = Checkpointing(self.checkpoints, self.template, metrics, resaves=progress.evaluation_due)
 
@@ -185,10 +194,6 @@ class _Run:
         record = {"kind": "event", "step": back.step, "event": "rollback", "message": message, "samples": samples}
         return back, [record]
 
-    def _epochs(self, consumed: int) -> dict[str, float]:
-        names = _distinct_names([source.path for source in self.config.data.train])
-        return dict(zip(names, self.data.epochs(consumed), strict=True))
-
     def _open_sinks(self, first_step: int) -> list[Sink]:
         logging, run_dir = self.config.logging, self.run_dir
         sinks: list[Sink] = [JsonLines(run_dir / "metrics.jsonl")]
@@ -214,12 +219,14 @@ def _progress(resumption: Resumption | None) -> Progress:
     return Progress(**{field.name: getattr(manifest, field.name) for field in fields(Progress)})
 
 
-def _sample_writer(config: RunConfig, data: TrainingData) -> Callable[[Trainer, Metrics], None]:
+def _sample_writer(config: RunConfig) -> Callable[[Trainer, Metrics], None]:
     """What continues evaluation.prompts. Raises UsageError if that cannot work."""
     prompts, length = config.evaluation.prompts, config.evaluation.sample_tokens
     if not prompts:
         return lambda trainer, metrics: None
-    tokenizer = _load_tokenizer(data)
+    tokenizer = _tokenizer(config.data.train)
+    if tokenizer is None:
+        raise UsageError("evaluation.prompts: no dataset of data.train has a manifest that names its tokenizer")
     for prompt in prompts:
         tokens = len(encode_prompt(tokenizer, prompt))
         tokens_left(config.model, tokens)
@@ -232,11 +239,23 @@ def _sample_writer(config: RunConfig, data: TrainingData) -> Callable[[Trainer, 
     return write
 
 
-def _load_tokenizer(data: TrainingData) -> Tokenizer:
-    for dataset in data.datasets:
-        if manifest := Manifest.of(dataset):
-            return manifest.load_tokenizer(Path(dataset.prefix).parent)
-    raise UsageError("evaluation.prompts: no dataset of data.train has a manifest that names its tokenizer")
+def _tokenizer(sources: Sequence[DataSource]) -> Tokenizer | None:
+    """The tokenizer of the first dataset whose manifest names one; None if none does."""
+    for source in sources:
+        folder = Path(source.path).parent
+        if manifest := Manifest.load(folder):
+            return manifest.load_tokenizer(folder)
+    return None
+
+
+def _token_bytes(config: RunConfig) -> npt.NDArray[np.int64] | None:
+    """Bytes of each token, for bits per byte; None where the validation data's tokenizer is not to be had."""
+    try:
+        tokenizer = _tokenizer(config.data.validation)
+    except UserError as error:  # training itself needs no vocabulary
+        logger.warning("no bits per byte in evaluations: %s", error)
+        return None
+    return None if tokenizer is None else token_byte_lengths(tokenizer)
 
 
 def _open_data(
@@ -245,13 +264,15 @@ def _open_data(
     """Training data, and validation data by name. Raises UserError for what is missing, damaged or does not fit."""
     vocab_size = config.model.vocab_size
     data = TrainingData(config.data.train, config.seq_len, config.train.seed, config.data.document_mask, vocab_size)
-    names = _distinct_names([source.path for source in config.data.validation])
+    names = distinct_names(config.data.validation, "data.validation")
+    token_bytes = _token_bytes(config)
     validation = {
         name: ValidationData(
             source,
             config.seq_len,
             config.data.document_mask,
             vocab_size,
+            token_bytes,
             global_batch_size=config.train.global_batch_size,
             micro_batch_size=micro_batch_size,
             rank=rank,
@@ -262,18 +283,6 @@ def _open_data(
     }
     common_tokenizer([*data.datasets, *(split.dataset for split in validation.values())], vocab_size)
     return data, validation
-
-
-def _distinct_names(prefixes: list[str]) -> list[str]:
-    """Names in metrics: the last two parts of each path (corpus/validation), more where that is not enough."""
-    parts = [Path(prefix).parts for prefix in prefixes]
-    for length in range(2, max(map(len, parts), default=0) + 1):
-        names = ["/".join(path[-length:]) for path in parts]
-        if len(set(names)) == len(names):
-            return names
-    if len(set(prefixes)) < len(prefixes):
-        raise UsageError("data.validation: names a dataset twice; give each once")
-    return prefixes
 
 
 def _describe(config: RunConfig, data: TrainingData, world_size: int) -> CheckpointManifest:
@@ -292,7 +301,7 @@ def _describe(config: RunConfig, data: TrainingData, world_size: int) -> Checkpo
         document_mask=config.data.document_mask,
         no_decay=sorted(config.optimizer.no_decay),
         schedule=Schedule.of(config),
-        data_fingerprint=data.fingerprint,
+        data=data.history,
         model=config.model.model_dump(),
         versions={
             "megagpt": megagpt.__version__,
@@ -319,7 +328,7 @@ def _print_plan(
     )
     start = f"continues from {resumption.checkpoint.name}" if resumption else "starts anew"
     available = sum(dataset.num_tokens for dataset in data.datasets)
-    epochs = ", ".join(f"{epochs:.2f}" for epochs in data.epochs(config.batches.after_steps(steps)))
+    epochs = ", ".join(f"{epochs:.2f}" for epochs in data.epochs(config.batches.after_steps(steps)).values())
     mflops = flops_per_token(model, config.seq_len) / 1e6
     ramp = f", from {config.batches.start} sequences on" if config.batches.samples else ""
     lines = [
