@@ -7,14 +7,15 @@ number of ranks, the micro-batches or where a run was resumed.
 
 import json
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import xxhash
 
@@ -23,7 +24,7 @@ from megagpt.data.blend import Blend
 from megagpt.data.indexed import IndexedDataset, bin_path
 from megagpt.data.manifest import common_tokenizer
 from megagpt.data.order import ORDER_VERSION
-from megagpt.data.samples import IGNORE_INDEX, DocumentIds, SequentialSamples, TokenArray, TokenSamples
+from megagpt.data.samples import IGNORE_INDEX, SequentialSamples, TokenArray, TokenSamples, Windows
 from megagpt.errors import UsageError, UserError
 
 
@@ -37,6 +38,8 @@ class Batch:
     """int64 (batch, seq): the token after each input; IGNORE_INDEX where there is none."""
     document_ids: torch.Tensor | None = None
     """int32 (batch, seq): number of each input's document within its sample, from 0; None without a document mask."""
+    target_bytes: torch.Tensor | None = None
+    """int64 (batch,): bytes of UTF-8 that the targets of each sample stand for; None unless they were asked for."""
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -44,19 +47,19 @@ class Batch:
 
     def __getitem__(self, samples: slice) -> "Batch":
         """The batch of some of the samples, as views."""
-        ids = self.document_ids
-        return Batch(self.input_ids[samples], self.targets[samples], None if ids is None else ids[samples])
+        return self._of_each(lambda tensor: tensor[samples])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The batch on `device`; a non-blocking copy from pinned memory overlaps with computation."""
-        ids = None if self.document_ids is None else self.document_ids.to(device, non_blocking=non_blocking)
-        input_ids = self.input_ids.to(device, non_blocking=non_blocking)
-        return Batch(input_ids, self.targets.to(device, non_blocking=non_blocking), ids)
+        return self._of_each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """The batch in page-locked host memory."""
-        ids = None if self.document_ids is None else self.document_ids.pin_memory()
-        return Batch(self.input_ids.pin_memory(), self.targets.pin_memory(), ids)
+        return self._of_each(torch.Tensor.pin_memory)
+
+    def _of_each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """The batch of what `function` makes of each tensor."""
+        return replace(self, **{name: function(tensor) for name, tensor in vars(self).items() if tensor is not None})
 
 
 class SampleReader(Protocol):
@@ -89,6 +92,7 @@ class TrainingData:
         self.blend = Blend([source.weight for source in sources])
         self._samples = [TokenSamples(dataset, seq_len, seed) for dataset in self.datasets]
         self._seq_len, self._document_mask, self._vocab_size = seq_len, document_mask, vocab_size
+        self._has_loss_mask = any(dataset.loss_mask is not None for dataset in self.datasets)
         self.identity: dict[str, Any] = {
             "order_version": ORDER_VERSION,
             "seq_len": seq_len,
@@ -123,14 +127,17 @@ class TrainingData:
         datasets, numbers = self.blend.lookup(np.arange(start, start + count))
         tokens = np.empty((count, self._seq_len + 1), np.int64)
         document_ids = np.empty((count, self._seq_len), np.int32) if self._document_mask else None
+        learned = np.ones((count, self._seq_len), np.bool_) if self._has_loss_mask else None
         for dataset in np.unique(datasets):
             rows = np.flatnonzero(datasets == dataset)
-            part, ids = self._samples[dataset].read(numbers[rows], self._document_mask)
-            _check_ids(part, self.datasets[dataset], self._vocab_size)
-            tokens[rows] = part
+            part = self._samples[dataset].read(numbers[rows], self._document_mask)
+            _check_ids(part.tokens, self._samples[dataset].dataset, self._vocab_size)
+            tokens[rows] = part.tokens
             if document_ids is not None:
-                document_ids[rows] = ids
-        return _batch(tokens, document_ids)
+                document_ids[rows] = part.document_ids
+            if learned is not None and part.learned is not None:
+                learned[rows] = part.learned
+        return _batch(Windows(tokens, document_ids, learned))
 
 
 class ValidationData:
@@ -146,6 +153,7 @@ class ValidationData:
         seq_len: int,
         document_mask: bool,
         vocab_size: int | None = None,
+        token_bytes: npt.NDArray[np.int64] | None = None,
         *,
         global_batch_size: int,
         micro_batch_size: int,
@@ -153,12 +161,17 @@ class ValidationData:
         world_size: int,
         max_batches: int | None = None,
     ) -> None:
-        """Open the dataset; sizes are in samples, max_batches in global batches; errors as for TrainingData."""
+        """Open the dataset; sizes are in samples, max_batches in global batches; errors as for TrainingData.
+
+        token_bytes: bytes of each token id, (ids), as `megagpt.tokenizer.token_byte_lengths` gives them; given it,
+        batches have `target_bytes`.
+        """
         self.dataset = IndexedDataset(source.path)
         self.tokenizer = common_tokenizer([self.dataset], vocab_size)
         """The tokenizer of the dataset; None if it has no manifest."""
         self._samples = SequentialSamples(self.dataset, seq_len)
         self._document_mask, self._vocab_size = document_mask, vocab_size
+        self._token_bytes = None if token_bytes is None else torch.from_numpy(token_bytes)
         batches = -(-len(self._samples) // global_batch_size)
         self.num_batches = batches if max_batches is None else min(batches, max_batches)
         """Global batches of an evaluation."""
@@ -180,11 +193,22 @@ class ValidationData:
 
     def read(self, start: int, count: int) -> Batch:
         """Samples [start, start + count). UserError: a token id is not below vocab_size."""
-        tokens, document_ids = self._samples.read(np.arange(start, start + count), self._document_mask)
-        _check_ids(tokens, self.dataset, self._vocab_size)
-        batch = _batch(tokens, document_ids)
+        windows = self._samples.read(np.arange(start, start + count), self._document_mask)
+        _check_ids(windows.tokens, self.dataset, self._vocab_size)
+        batch = _batch(windows)
         inputs = batch.input_ids.masked_fill(batch.input_ids == IGNORE_INDEX, 0)
-        return Batch(inputs, batch.targets, batch.document_ids)
+        return replace(batch, input_ids=inputs, target_bytes=self._target_bytes(batch.targets))
+
+    def _target_bytes(self, targets: torch.Tensor) -> torch.Tensor | None:
+        """Bytes of the targets of each sample, (batch), of targets (batch, seq)."""
+        if self._token_bytes is None:
+            return None
+        if (largest := int(targets.max())) >= len(self._token_bytes):
+            raise UserError(
+                f"{bin_path(self.dataset.prefix)}: holds token id {largest}, but its tokenizer has "
+                f"{len(self._token_bytes)} ids; make the dataset anew"
+            )
+        return self._token_bytes[targets.clamp(min=0)].masked_fill(targets == IGNORE_INDEX, 0).sum(dim=1)
 
 
 class BatchLoader:
@@ -276,8 +300,11 @@ def _check_ids(tokens: TokenArray, dataset: IndexedDataset, vocab_size: int | No
         )
 
 
-def _batch(tokens: TokenArray, document_ids: DocumentIds | None) -> Batch:
-    """Tokens (batch, seq + 1) as inputs and targets."""
-    samples = torch.from_numpy(tokens)
-    ids = None if document_ids is None else torch.from_numpy(document_ids)
-    return Batch(samples[:, :-1].contiguous(), samples[:, 1:].contiguous(), ids)
+def _batch(windows: Windows) -> Batch:
+    """Windows as inputs and targets."""
+    samples = torch.from_numpy(windows.tokens)
+    targets = samples[:, 1:].clone(memory_format=torch.contiguous_format)
+    if windows.learned is not None:
+        targets[torch.from_numpy(~windows.learned)] = IGNORE_INDEX
+    ids = None if windows.document_ids is None else torch.from_numpy(windows.document_ids)
+    return Batch(samples[:, :-1].contiguous(), targets, ids)
