@@ -22,6 +22,7 @@ from megagpt.training.callbacks import Checkpointing, Evaluation, Metrics
 from megagpt.training.checkpoint import CheckpointManifest, read_manifest, verify_checksums
 from megagpt.training.collective import on_rank_0, together
 from megagpt.training.engine import Engine
+from megagpt.training.initial_weights import open_initial_weights
 from megagpt.training.metrics import JsonLines, Sink
 from megagpt.training.resume import choose_checkpoint
 from megagpt.training.sinks import ConsoleSink, TensorBoardSink, WandbSink
@@ -50,10 +51,16 @@ def train(config: RunConfig, device: torch.device, console: Console) -> None:
                 done = f"{config.train.run_dir}: all {config.train.steps} steps are done"
                 console.print(f"{done}; raise train.steps to go on")
             return
+        weights = None
+        if not checkpoint and (source := config.train.init_from):
+            weights = together(
+                lambda: open_initial_weights(Path(source), config.model, data.tokenizer, rank, world_size)
+            )
         on_rank_0(lambda: run_folder.prepare(config, data, progress.step))
         if rank == 0:
             _print_plan(console, config, data, device, micro_batch_size, accumulation_steps, checkpoint)
-        engine = together(lambda: Engine(config, micro_batch_size, accumulation_steps, device))
+        engine = together(lambda: Engine(config, micro_batch_size, accumulation_steps, device, weights))
+        weights = None  # frees those of a checkpoint, which are whole in memory
         if rank == 0 and config.deepspeed:
             console.print(f"DeepSpeed options: {engine.options}")
         if checkpoint:
@@ -180,7 +187,8 @@ def _print_plan(
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU with {torch.get_num_threads()} thread(s)"
     )
     tokens = cut.steps * cut.global_batch_size * config.seq_len
-    start = f"continues from {checkpoint.name}" if checkpoint else "starts anew"
+    anew = f"starts from the weights of {cut.init_from}" if cut.init_from else "starts anew"
+    start = f"continues from {checkpoint.name}" if checkpoint else anew
     available = sum(dataset.num_tokens for dataset in data.datasets)
     epochs = ", ".join(f"{epochs:.2f}" for epochs in data.epochs(cut.steps * cut.global_batch_size))
     mflops = flops_per_token(model, config.seq_len) / 1e6
