@@ -110,6 +110,19 @@ def test_chatml_offers_the_assistants_turn_where_a_sample_is_to_begin():
     assert answered == [Segment(text, False), Segment("Ho<|im_end|>", True)]
 
 
+def test_the_documented_template_ends_answers_by_the_end_token():
+    page = (Path(__file__).parents[3] / "docs/finetuning.md").read_text(encoding="utf-8")
+    source = "".join(line[8:] + "\n" for line in page.splitlines() if line.startswith(" " * 8))
+    messages = [
+        {"role": role, "content": text}
+        for role, text in zip(("user", "assistant") * 2, ("a", "b", "c", "d"), strict=True)
+    ]
+    assert ChatTemplate(source, "documented").render(messages) == [
+        *(Segment("user:\na\nassistant:\n", False), Segment("b", True), Segment(None, True)),
+        *(Segment("user:\nc\nassistant:\n", False), Segment("d", True), Segment(None, True)),
+    ]
+
+
 @pytest.mark.parametrize(
     ("body", "detail"),
     [
