@@ -161,7 +161,8 @@ def encode_conversation(
 ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint8]]:
     """The token ids of a document and its loss mask, 1 for learned ones: (tokens) each.
 
-    It ends with one end-of-document token, learned if `ends_with_answer` or the template says so.
+    segments: at least one. The document ends with one end-of-document token, learned if `ends_with_answer` or the
+    template says so.
     """
     is_ended = segments[-1].text is None
     last = Segment(None, ends_with_answer or (is_ended and segments[-1].learned))
@@ -184,8 +185,7 @@ class _Run:
     @property
     def settings(self) -> dict[str, Any]:
         """What of the configuration shapes the result."""
-        chosen = self.config.model_dump(mode="json", exclude={"output", "max_bad", "vocab_dir"})
-        return chosen | {"template_source": self.template.source}
+        return self.config.model_dump(mode="json", exclude={"output", "max_bad", "vocab_dir"})
 
     @property
     def versions(self) -> dict[str, str]:
@@ -197,7 +197,8 @@ class _Run:
         """sha256 of all that shapes the result."""
         identity = {
             "chat": _VERSION,
-            "config": {key: value for key, value in self.settings.items() if key not in ("input", "template")},
+            "config": {key: value for key, value in self.settings.items() if key != "input"},
+            "template": self.template.source,
             "files": [file.identity for file in self.files],
             "vocabulary": [self.tokenizer.vocab_sha256, self.tokenizer.vocab_size, self.tokenizer.eod_id],
             "versions": self.versions,
