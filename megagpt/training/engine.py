@@ -6,7 +6,8 @@ What this module guarantees on top of DeepSpeed, at every ZeRO stage:
   cut it;
 - gradients are accumulated and reduced in fp32, master weights are fp32 (stages 1-3: DeepSpeed's; stage 0 keeps fp32
   weights and computes under autocast, since DeepSpeed has no fp32 accumulation for 16-bit weights without ZeRO);
-- initial weights depend on the seed and a parameter's name alone, so all stages and world sizes start the same;
+- random initial weights depend on the seed and a parameter's name alone, so all stages and world sizes start the same
+  (with 16-bit weights DeepSpeed rounds them before it makes the master weights; given ones arrive unrounded);
 - a step with a non-finite loss or gradient changes nothing and says so; in bf16 and fp32 the host never waits for the
   device to learn it.
 """
@@ -36,6 +37,7 @@ from megagpt.model.gpt import GPT, compile_blocks, compile_loss
 from megagpt.model.init import initialize_weights, parameter_kind
 from megagpt.training.checkpoint import SHARDS
 from megagpt.training.host_syncs import decided_on_device
+from megagpt.training.initial_weights import InitialWeights, copy_master_weights, copy_weights
 from megagpt.training.optimizer import build_optimizer, parameter_groups
 from megagpt.training.snapshot import CollectingEngine
 
@@ -202,7 +204,9 @@ class Engine:
         micro_batch_size: int,
         gradient_accumulation_steps: int,
         device: torch.device,
+        initial_weights: InitialWeights | None = None,
     ) -> None:
+        """initial_weights: what a new run starts from; None: random weights."""
         self.config = config
         self.device = device
         self.micro_batch_size = micro_batch_size
@@ -210,13 +214,15 @@ class Engine:
         self.zero_stage = int(self.options["zero_optimization"]["stage"])
         try:
             with deepspeed_output_to_log():
-                model = self._build_model()
+                model = self._build_model(initial_weights)
                 groups = parameter_groups(model, config.optimizer, parameter_kind)
                 optimizer = build_optimizer(groups, config.optimizer)
                 self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.options)
                 self._files = CollectingEngine(self._engine.checkpoint_engine)
                 self._engine.checkpoint_engine = self._files
                 self._engine._copy_recovery_script = lambda save_path: None  # see megagpt.training.saving
+                if initial_weights and self.zero_stage > 0 and config.train.precision != "fp32":
+                    copy_master_weights(self._engine.module, initial_weights)
         except (AssertionError, TypeError, ValueError) as error:
             if not config.deepspeed:
                 raise  # our own options are wrong: a bug
@@ -342,17 +348,17 @@ class Engine:
         """Free DeepSpeed's hooks and buffers, so that another engine can live in this process."""
         self._engine.destroy()
 
-    def _build_model(self) -> GPT:
+    def _build_model(self, weights: InitialWeights | None) -> GPT:
         seed, checkpointing = self.config.train.seed, self.config.train.activation_checkpointing
         if self.zero_stage < 3:
             model = GPT(self.config.model, activation_checkpointing=checkpointing)
-            initialize_weights(model, seed)
+            copy_weights(model, weights) if weights else initialize_weights(model, seed)
             return model.to(self.device)
         # Each layer is sharded as it is made: no rank ever holds the whole model. The dtype comes from the options; a
         # dtype argument would be ignored on a CPU, where DeepSpeed 0.19 takes bf16 instead.
         with deepspeed.zero.Init(config_dict_or_path=self.options):
             model = GPT(self.config.model, activation_checkpointing=checkpointing)
-        initialize_weights(model, seed, gather=_gathered)
+        copy_weights(model, weights, _gathered) if weights else initialize_weights(model, seed, _gathered)
         return model
 
     def _clip_unsharded_gradients(self) -> None:

@@ -34,6 +34,7 @@ from megagpt.training.collective import on_rank_0, together
 from megagpt.training.control import HostGroup
 from megagpt.training.engine import Engine
 from megagpt.training.faults import LossSpikes, NonFiniteSteps, RollBackError
+from megagpt.training.initial_weights import open_initial_weights
 from megagpt.training.metrics import JsonLines, Record, Sink
 from megagpt.training.recording import Metrics
 from megagpt.training.resume import Resumption, find_resumption
@@ -77,12 +78,18 @@ def train(config: RunConfig, device: torch.device, console: Console, supervisor:
                 done = f"{config.train.run_dir}: all {config.total_steps} steps are done"
                 console.print(f"{done}; raise train.steps to go on")
             return "finished"
+        weights = None
+        if not resumption and (source := config.train.init_from):
+            weights = together(
+                lambda: open_initial_weights(Path(source), config.model, data.tokenizer, rank, world_size)
+            )
         write_samples = together(lambda: _sample_writer(config))
         on_rank_0(lambda: run_folder.prepare(config, data, progress.step))
         if rank == 0:
             _print_plan(console, config, data, device, micro_batch_size, accumulation_steps, resumption)
         supervisor.beat("building the model")
-        engine = together(lambda: Engine(config, micro_batch_size, accumulation_steps, device))
+        engine = together(lambda: Engine(config, micro_batch_size, accumulation_steps, device, weights))
+        weights = None  # frees those of a checkpoint, which are whole in memory
         if rank == 0 and config.deepspeed:
             console.print(f"DeepSpeed options: {engine.options}")
         hosts = HostGroup()
@@ -326,7 +333,8 @@ def _print_plan(
     device_name = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU with {torch.get_num_threads()} thread(s)"
     )
-    start = f"continues from {resumption.checkpoint.name}" if resumption else "starts anew"
+    anew = f"starts from the weights of {cut.init_from}" if cut.init_from else "starts anew"
+    start = f"continues from {resumption.checkpoint.name}" if resumption else anew
     available = sum(dataset.num_tokens for dataset in data.datasets)
     epochs = ", ".join(f"{epochs:.2f}" for epochs in data.epochs(config.batches.after_steps(steps)).values())
     mflops = flops_per_token(model, config.seq_len) / 1e6

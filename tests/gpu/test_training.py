@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from megagpt.config import save_config
+from megagpt.training.checkpoint import find_checkpoint, load_weights
 from megagpt.training.metrics import read_metrics
 from tests.distributed.jobs import losses, tiny_config, write_dataset
 
@@ -67,3 +68,16 @@ def test_losses_with_offload_are_those_without(config_file, cpu_losses, tmp_path
     settings = ["parallel.zero_stage=3", "parallel.offload_optimizer=true", "parallel.offload_parameters=true"]
     records = launched(config_file, *settings, f"train.run_dir={tmp_path / 'run'}")
     assert losses(records) == pytest.approx(cpu_losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "settings", [["parallel.zero_stage=1"], ["parallel.zero_stage=3", "parallel.offload_parameters=true"]]
+)
+def test_weights_to_start_from_arrive_in_the_master_weights_unrounded(settings, precision, config_file, tmp_path):
+    launched(config_file, f"train.run_dir={tmp_path / 'source'}")
+    still = ["optimizer.lr=1e-30", "schedule.warmup_steps=0", "train.steps=1", f"train.precision={precision}"]
+    source = f"train.init_from={tmp_path / 'source'}"
+    launched(config_file, *settings, *still, source, f"train.run_dir={tmp_path / 'run'}")
+    before, after = (load_weights(find_checkpoint(tmp_path / name)) for name in ("source", "run"))
+    assert max(float((before[name] - after[name]).abs().max()) for name in before) < 1e-29
