@@ -101,6 +101,8 @@ def save_checkpoint(
         os.rename(aside, final)
         fsync_path(folder)
         replace_file(folder / "latest", f"{final.name}\n".encode())
+        for form in (*folder.glob(".universal_*"), *folder.glob(".converting_*")):  # of older checkpoints
+            shutil.rmtree(form)
         older = [path for path in complete_checkpoints(folder) if path != final]
         for old in older[: max(0, len(older) - keep + 1)]:
             _remove(old)

@@ -33,6 +33,8 @@ from megagpt.errors import UsageError, UserError
 from megagpt.model.gpt import GPT, compile_blocks, compile_loss
 from megagpt.model.init import initialize_weights, parameter_kind
 from megagpt.training.optimizer import build_optimizer, parameter_groups
+from megagpt.training.shards import PARAMETER_NAMES
+from megagpt.training.universal_loading import load_universal
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +127,7 @@ class Engine:
             with deepspeed_output_to_log():
                 model = self._build_model()
                 groups = parameter_groups(model, config.optimizer, parameter_kind)
+                self._parameter_names = _names_by_group(model, groups)
                 optimizer = build_optimizer(groups, config.optimizer)
                 self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.options)
         except (AssertionError, TypeError, ValueError) as error:
@@ -185,9 +188,10 @@ class Engine:
 
     def save(self, folder: Path) -> None:
         """Write this rank's part of weights and optimizer state below `folder`; all ranks call it."""
+        state: dict[str, Any] = {PARAMETER_NAMES: self._parameter_names}
         # DeepSpeed saves its loss scalers, but not the one it uses at stage 0.
-        scaler = self._engine.torch_autocast_z0_gradscaler
-        state = {"loss_scaler": scaler.state_dict()} if scaler else {}
+        if scaler := self._engine.torch_autocast_z0_gradscaler:
+            state["loss_scaler"] = scaler.state_dict()
         self._engine.save_checkpoint(str(folder), tag=_SHARDS, client_state=state, save_latest=False)
 
     def load(self, folder: Path) -> None:
@@ -202,6 +206,10 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["betas"], group["eps"] = optimizer.betas, optimizer.eps
             group["weight_decay"] = optimizer.weight_decay if group["decayed"] else 0.0
+
+    def load_universal(self, form: Path) -> None:
+        """Read the universal form of a checkpoint that any world size, ZeRO stage and precision wrote; all ranks."""
+        load_universal(self._engine, form)
 
     def close(self) -> None:
         """Free DeepSpeed's hooks and buffers, so that another engine can live in this process."""
@@ -280,6 +288,12 @@ def deepspeed_output_to_log() -> Iterator[None]:
 def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
     """Whole parameters inside the block; what rank 0 wrote there becomes every rank's shard."""
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+
+
+def _names_by_group(model: nn.Module, groups: Iterable[dict[str, Any]]) -> list[list[str]]:
+    """The names of the parameters in each optimizer group: at ZeRO stage 0 DeepSpeed saves them nowhere."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [[names[parameter] for parameter in group["params"]] for group in groups]
 
 
 def _has(tree: Any, path: list[str]) -> bool:

@@ -5,9 +5,10 @@ goes on where it was stopped.
 """
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
-from megagpt.config.schema import RunConfig
+from megagpt.config.schema import Change, RunConfig
 from megagpt.errors import UsageError
 from megagpt.training.checkpoint import (
     CheckpointManifest,
@@ -21,11 +22,10 @@ logger = logging.getLogger(__name__)
 
 _COMPARED = (
     *("seq_len", "document_mask", "seed", "global_batch_size", "data_fingerprint"),
-    *("precision", "zero_stage", "no_decay", "world_size"),
+    *("precision", "no_decay"),
 )
 _ADVICE = {
     "data_fingerprint": "the datasets or their weights changed; give data.train as it was, or start a new run",
-    "world_size": "start as many ranks as the checkpoint was written by",
 }
 
 
@@ -45,7 +45,7 @@ def choose_checkpoint(config: RunConfig, expected: CheckpointManifest) -> Path |
     else:
         checkpoint = _named_checkpoint(Path(resume), run_dir, own)
     if checkpoint:
-        _compare(checkpoint, read_manifest(checkpoint), expected)
+        _compare(checkpoint, read_manifest(checkpoint), expected, config.checkpoint.allow_changes)
     return checkpoint
 
 
@@ -67,9 +67,13 @@ def _named_checkpoint(named: Path, run_dir: Path, own: list[Path]) -> Path:
     return newest
 
 
-def _compare(checkpoint: Path, found: CheckpointManifest, expected: CheckpointManifest) -> None:
+def _compare(
+    checkpoint: Path, found: CheckpointManifest, expected: CheckpointManifest, allowed: Sequence[Change]
+) -> None:
     """Raise UsageError naming what differs between the run that wrote `checkpoint` and this one."""
     for key in _COMPARED:
+        if key == "precision" and key in allowed:
+            continue
         then, now = getattr(found, key), getattr(expected, key)
         if then != now:
             advice = _ADVICE.get(key, "set it as it was, or start a new run in another train.run_dir")

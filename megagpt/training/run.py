@@ -26,6 +26,7 @@ from megagpt.training.metrics import JsonLines, Sink
 from megagpt.training.resume import choose_checkpoint
 from megagpt.training.sinks import ConsoleSink, TensorBoardSink, WandbSink
 from megagpt.training.trainer import Trainer
+from megagpt.training.universal_loading import convert_together, needs_conversion
 
 
 def train(config: RunConfig, device: torch.device, console: Console) -> None:
@@ -53,10 +54,15 @@ def train(config: RunConfig, device: torch.device, console: Console) -> None:
         on_rank_0(lambda: run_folder.prepare(config, data, progress.step))
         if rank == 0:
             _print_plan(console, config, data, device, micro_batch_size, accumulation_steps, checkpoint)
+        form = None
+        if checkpoint and needs_conversion(progress, config, world_size):
+            form = convert_together(checkpoint, Path(config.train.run_dir) / "checkpoints", console)
         engine = together(lambda: Engine(config, micro_batch_size, accumulation_steps, device))
         if rank == 0 and config.deepspeed:
             console.print(f"DeepSpeed options: {engine.options}")
-        if checkpoint:
+        if form:
+            engine.load_universal(form)
+        elif checkpoint:
             together(lambda: verify_checksums(checkpoint, rank, world_size))
             engine.load(checkpoint)
         _fit(config, engine, data, validation, template, progress, console)
