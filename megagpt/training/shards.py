@@ -111,8 +111,9 @@ class Shards:
 
     def read(self, name: str) -> State:
         """Everything of one parameter, in its own shape."""
-        pieces = self._layout[name]
-        first = self._flats[pieces[0].rank][pieces[0].flat]
+        first, *others = (self._flats[piece.rank][piece.flat] for piece in self._layout[name])
+        if any(other.keys() != first.keys() for other in others):
+            raise self._unknown_layout(f"the optimizer's state of {name}")
         return {key: self._whole(name, key) if is_cut(value) else value for key, value in first.items()}
 
     def read_weight(self, name: str) -> torch.Tensor:

@@ -2,8 +2,8 @@
 
 DeepSpeed's optimizers are loaded as at an ordinary resume, by `load_state_dict`; only the flat tensors that they are
 given are cut out of the universal form here, each rank reading its own elements. DeepSpeed's own ds_to_universal and
-load_universal (0.19) cover neither stage 0 nor other state than Adam's, and at stage 3 give every optimizer group the
-settings of the first.
+load_universal (0.19) know stages 1 and 2 and stage 3, but no way between them, nor stage 0, nor at stage 3 other state
+than Adam's; and at stage 3 they give every optimizer group the weight decay of the first.
 """
 
 import logging
