@@ -86,7 +86,7 @@ def test_parameters_of_flat_groups_are_found(shapes, world_size):
 
 
 def write_stage_1(folder: Path, *states: dict[str, Any], optimizer: Any = None) -> None:
-    """A 3 x 2 parameter `w`, cut into 4 and 2 elements (padded to 4), with an optimizer's state on each of two ranks."""
+    """A 3 x 2 parameter `w`, cut into 4 and 2 elements (padded to 4), with an optimizer's state on two ranks."""
     weight = torch.arange(6.0)
     torch.save({"param_shapes": [{"w": torch.Size([3, 2])}], "module": {}}, folder / "mp_rank_00_model_states.pt")
     for rank, state in enumerate(states):
