@@ -209,7 +209,8 @@ class Engine:
 
     def load_universal(self, form: Path) -> None:
         """Read the universal form of a checkpoint that any world size, ZeRO stage and precision wrote; all ranks."""
-        load_universal(self._engine, form)
+        with deepspeed_output_to_log():
+            load_universal(self._engine, form)
 
     def close(self) -> None:
         """Free DeepSpeed's hooks and buffers, so that another engine can live in this process."""
