@@ -13,9 +13,9 @@ import torch.distributed as dist
 from megagpt.data.loader import ValidationData
 from megagpt.errors import UserError
 from megagpt.training.checkpoint import CheckpointManifest
-from megagpt.training.engine import EvaluationResult, StepNumbers
 from megagpt.training.recording import Metrics
 from megagpt.training.saving import CheckpointWriter
+from megagpt.training.step import EvaluationResult, StepNumbers
 from megagpt.training.trainer import Callback, Progress, StepInfo, Trainer
 
 

@@ -16,12 +16,11 @@ import io
 import logging
 import shutil
 import sysconfig
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import deepspeed
 import torch
@@ -39,7 +38,10 @@ from megagpt.training.checkpoint import SHARDS
 from megagpt.training.host_syncs import decided_on_device
 from megagpt.training.initial_weights import InitialWeights, copy_master_weights, copy_weights
 from megagpt.training.optimizer import build_optimizer, parameter_groups
+from megagpt.training.shards import PARAMETER_NAMES
 from megagpt.training.snapshot import CollectingEngine
+from megagpt.training.step import EvaluationResult, StepClock, StepResult
+from megagpt.training.universal_loading import load_universal
 
 logger = logging.getLogger(__name__)
 
@@ -58,101 +60,6 @@ _OWNED_OPTIONS = {
     "torch_autocast": "train.precision",
     "data_types": "train.precision: gradients are always accumulated in fp32",
 }
-
-
-class StepNumbers(NamedTuple):
-    """What one optimizer step was."""
-
-    loss: float
-    """Mean over the targets of the global batch."""
-    grad_norm: float
-    """Global L2 norm of the gradient before clipping; inf where it is not finite."""
-    skipped: bool
-    """Whether loss or gradient were not finite, and the step changed nothing."""
-    own_seconds: float
-    """This rank's forward passes, which below ZeRO stage 3 wait for no other rank."""
-    forward_backward_seconds: float
-    """Forward and backward passes, gradient reduction included."""
-    optimizer_seconds: float
-    """Clipping, update, and gathering of the new weights."""
-
-
-class EvaluationResult(NamedTuple):
-    """What one evaluation found."""
-
-    loss: float
-    """Mean over all targets, nats."""
-    targets: int
-    """Their number."""
-    bytes: int | None
-    """Bytes of text that they stand for; None if that is not known."""
-
-
-class StepResult:
-    """A step's numbers on their way from the device: `read` waits for them, and for nothing queued later."""
-
-    def __init__(self, numbers: torch.Tensor, clock: "StepClock") -> None:
-        """numbers: loss, gradient norm and whether skipped, (3,) fp32 on the device."""
-        self._clock, self._ready = clock, None
-        if numbers.device.type == "cuda":
-            self._numbers = torch.empty(3, pin_memory=True).copy_(numbers, non_blocking=True)
-            self._ready = torch.cuda.Event()
-            self._ready.record()
-        else:
-            self._numbers = numbers
-
-    def read(self) -> StepNumbers:
-        """The numbers on the host."""
-        if self._ready:
-            self._ready.synchronize()
-        loss, grad_norm, skipped = self._numbers.tolist()
-        return StepNumbers(loss, grad_norm, bool(skipped), **self._clock.seconds())
-
-
-class StepClock:
-    """Times the parts of a step on the device, without waiting for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._forwards: list[tuple[Any, Any]] = []
-        self._begin = self._now()
-        self._backward_end = self._end = self._begin
-
-    def forward(self, run: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Time one forward pass."""
-        begin = self._now()
-        result = run()
-        self._forwards.append((begin, self._now()))
-        return result
-
-    def end_backward(self) -> None:
-        """All backward passes are queued."""
-        self._backward_end = self._now()
-
-    def end(self) -> None:
-        """The whole step is queued."""
-        self._end = self._now()
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds by the names of StepNumbers' fields; the step must be done."""
-        return {
-            "own_seconds": sum(self._between(begin, end) for begin, end in self._forwards),
-            "forward_backward_seconds": self._between(self._begin, self._backward_end),
-            "optimizer_seconds": self._between(self._backward_end, self._end),
-        }
-
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _between(self, begin: Any, end: Any) -> float:
-        if not self._on_gpu:
-            return end - begin
-        end.synchronize()
-        return begin.elapsed_time(end) / 1000
 
 
 def deepspeed_options(
@@ -216,6 +123,7 @@ class Engine:
             with deepspeed_output_to_log():
                 model = self._build_model(initial_weights)
                 groups = parameter_groups(model, config.optimizer, parameter_kind)
+                self._parameter_names = _names_by_group(model, groups)
                 optimizer = build_optimizer(groups, config.optimizer)
                 self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.options)
                 self._files = CollectingEngine(self._engine.checkpoint_engine)
@@ -324,9 +232,10 @@ class Engine:
         All ranks call it; nothing is written. snapshot: copies in host memory, instead of what the next step changes.
         """
         self._files.snapshot, self._files.contents = snapshot, {}
+        state: dict[str, Any] = {PARAMETER_NAMES: self._parameter_names}
         # DeepSpeed saves its loss scalers, but not the one it uses at stage 0.
-        scaler = self._engine.torch_autocast_z0_gradscaler
-        state = {"loss_scaler": scaler.state_dict()} if scaler else {}
+        if scaler := self._engine.torch_autocast_z0_gradscaler:
+            state["loss_scaler"] = scaler.state_dict()
         self._engine.save_checkpoint(str(folder), tag=SHARDS, client_state=state, save_latest=False)
         contents, self._files.contents = self._files.contents, {}
         return contents
@@ -343,6 +252,11 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["betas"], group["eps"] = optimizer.betas, optimizer.eps
             group["weight_decay"] = optimizer.weight_decay if group["decayed"] else 0.0
+
+    def load_universal(self, form: Path) -> None:
+        """Read the universal form of a checkpoint that any world size, ZeRO stage and precision wrote; all ranks."""
+        with deepspeed_output_to_log():
+            load_universal(self._engine, form)
 
     def close(self) -> None:
         """Free DeepSpeed's hooks and buffers, so that another engine can live in this process."""
@@ -413,6 +327,12 @@ def deepspeed_output_to_log() -> Iterator[None]:
 def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
     """Whole parameters inside the block; what rank 0 wrote there becomes every rank's shard."""
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+
+
+def _names_by_group(model: nn.Module, groups: Iterable[dict[str, Any]]) -> list[list[str]]:
+    """The names of the parameters in each optimizer group: at ZeRO stage 0 DeepSpeed saves them nowhere."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [[names[parameter] for parameter in group["params"]] for group in groups]
 
 
 def _has(tree: Any, path: list[str]) -> bool:

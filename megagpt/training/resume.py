@@ -33,14 +33,11 @@ _COMPARED: dict[str, str | None] = {
     "global_batch_size": "batch_size",
     "rampup": "batch_size",
     "precision": "precision",
-    "zero_stage": None,
     "no_decay": None,
-    "world_size": None,
 }
 _AS_IT_WAS = "set it as it was, or start a new run in another train.run_dir"
 _ADVICE = {
     "data": "give data.train as it was",
-    "world_size": "start as many ranks as the checkpoint was written by",
 }
 
 

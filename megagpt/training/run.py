@@ -3,30 +3,23 @@
 import logging
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Literal
 
 import deepspeed
-import numpy as np
-import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from rich.console import Console
 
 import megagpt
 from megagpt.config import check_batches
-from megagpt.config.schema import DataSource, RunConfig
+from megagpt.config.schema import RunConfig
 from megagpt.data.loader import BatchLoader, TrainingData, ValidationData, step_windows
-from megagpt.data.manifest import Manifest, common_tokenizer
-from megagpt.data.names import distinct_names
-from megagpt.errors import UsageError, UserError
-from megagpt.inference.generate import encode_prompt, tokens_left
 from megagpt.model.counts import flops_per_token, parameter_count
 from megagpt.scaling.devices import peak_flops
-from megagpt.tokenizer import Tokenizer, token_byte_lengths
 from megagpt.training import run_folder
 from megagpt.training.callbacks import Checkpointing, Evaluation, Profiling
 from megagpt.training.checkpoint import CheckpointManifest, newest_checkpoint
@@ -36,14 +29,15 @@ from megagpt.training.engine import Engine
 from megagpt.training.faults import LossSpikes, NonFiniteSteps, RollBackError
 from megagpt.training.initial_weights import open_initial_weights
 from megagpt.training.metrics import JsonLines, Record, Sink
+from megagpt.training.opening import open_data, sample_writer
 from megagpt.training.recording import Metrics
 from megagpt.training.resume import Resumption, find_resumption
-from megagpt.training.samples import continuations
 from megagpt.training.saving import restore_random_states
 from megagpt.training.schedule import Schedule
 from megagpt.training.sinks import ConsoleSink, TensorBoardSink, WandbSink
 from megagpt.training.supervision import Supervisor
 from megagpt.training.trainer import Callback, Progress, Trainer
+from megagpt.training.universal_loading import convert_together, needs_conversion
 
 logger = logging.getLogger(__name__)
 
@@ -62,11 +56,11 @@ def train(config: RunConfig, device: torch.device, console: Console, supervisor:
     micro_batch_size, accumulation_steps = together(
         lambda: check_batches(config.train.batches, config.train.micro_batch_size, world_size)
     )
-    data, validation = together(lambda: _open_data(config, micro_batch_size, rank, world_size))
+    data, validation = together(lambda: open_data(config, micro_batch_size, rank, world_size))
     with ExitStack() as stack:
         lock = run_folder.locked(Path(config.train.run_dir)) if rank == 0 else nullcontext()
         together(lambda: stack.enter_context(lock))
-        supervisor.beat("looking for a checkpoint")
+        supervisor.beat("verifying the newest checkpoint", patient=True)
         template = _describe(config, data, world_size)
         resumption = find_resumption(config, template)
         progress = _progress(resumption)
@@ -83,7 +77,7 @@ def train(config: RunConfig, device: torch.device, console: Console, supervisor:
             weights = together(
                 lambda: open_initial_weights(Path(source), config.model, data.tokenizer, rank, world_size)
             )
-        write_samples = together(lambda: _sample_writer(config))
+        write_samples = together(lambda: sample_writer(config))
         on_rank_0(lambda: run_folder.prepare(config, data, progress.step))
         if rank == 0:
             _print_plan(console, config, data, device, micro_batch_size, accumulation_steps, resumption)
@@ -94,10 +88,9 @@ def train(config: RunConfig, device: torch.device, console: Console, supervisor:
             console.print(f"DeepSpeed options: {engine.options}")
         hosts = HostGroup()
         stack.callback(hosts.close)
-        if resumption:
-            supervisor.beat("loading the checkpoint")
-            _load(engine, resumption, rank, world_size)
         run = _Run(config, engine, data, validation, write_samples, template, hosts, supervisor, console)
+        if resumption:
+            run.load(resumption)
         first = run.first_records(progress.step, resumption)
         while True:
             try:
@@ -145,6 +138,17 @@ class _Run:
         changes = resumption.changes if resumption else []
         return [start, *({"kind": "event", "step": step, "event": "changed", "message": text} for text in changes)]
 
+    def load(self, resumption: Resumption) -> None:
+        """Give the engine the weights and optimizer state of a checkpoint, of whatever ranks and ZeRO stage it is."""
+        checkpoint, manifest = resumption.checkpoint, resumption.manifest
+        if needs_conversion(manifest, self.config, self.world_size):
+            self.supervisor.beat("converting the checkpoint", patient=True)
+            self.engine.load_universal(convert_together(checkpoint, self.checkpoints, self.console))
+            return
+        self.supervisor.beat("loading the checkpoint", patient=True)
+        self.engine.load(checkpoint)
+        restore_random_states(checkpoint, self.rank)
+
     def fit(self, progress: Progress, first: list[Record]) -> Outcome:
         """Hang the callbacks on the loop and run the steps after `progress`."""
         config, device = self.config, self.engine.device
@@ -184,10 +188,10 @@ class _Run:
 
     def roll_back(self, progress: Progress, error: RollBackError) -> tuple[Progress, list[Record]]:
         """Load the newest checkpoint; the progress from there, without the window that made the loss jump."""
-        self.supervisor.beat("going back to a checkpoint")
+        self.supervisor.beat("going back to a checkpoint", patient=True)
         resumption = find_resumption(self.config, self.template)
         assert resumption is not None, "has_checkpoint said that there is one"
-        _load(self.engine, resumption, self.rank, self.world_size)
+        self.load(resumption)
         back = _progress(resumption)
         window = error.window
         back = replace(
@@ -212,84 +216,12 @@ class _Run:
         return [*sinks, ConsoleSink(self.config.total_steps, first_step, self.console)]
 
 
-def _load(engine: Engine, resumption: Resumption, rank: int, world_size: int) -> None:
-    engine.load(resumption.checkpoint)
-    if resumption.manifest.world_size == world_size:
-        restore_random_states(resumption.checkpoint, rank)
-
-
 def _progress(resumption: Resumption | None) -> Progress:
     """Where the run continues; a new one is started now, by rank 0's clock."""
     if resumption is None:
         return Progress(started=on_rank_0(time.time))
     manifest = resumption.manifest
     return Progress(**{field.name: getattr(manifest, field.name) for field in fields(Progress)})
-
-
-def _sample_writer(config: RunConfig) -> Callable[[Trainer, Metrics], None]:
-    """What continues evaluation.prompts. Raises UsageError if that cannot work."""
-    prompts, length = config.evaluation.prompts, config.evaluation.sample_tokens
-    if not prompts:
-        return lambda trainer, metrics: None
-    tokenizer = _tokenizer(config.data.train)
-    if tokenizer is None:
-        raise UsageError("evaluation.prompts: no dataset of data.train has a manifest that names its tokenizer")
-    for prompt in prompts:
-        tokens = len(encode_prompt(tokenizer, prompt))
-        tokens_left(config.model, tokens)
-
-    def write(trainer: Trainer, metrics: Metrics) -> None:
-        texts = continuations(trainer.engine.module, tokenizer, prompts, length, config.train.seed)
-        for prompt, text in zip(prompts, texts, strict=True):
-            metrics.write({"kind": "sample", "step": trainer.step, "prompt": prompt, "text": text})
-
-    return write
-
-
-def _tokenizer(sources: Sequence[DataSource]) -> Tokenizer | None:
-    """The tokenizer of the first dataset whose manifest names one; None if none does."""
-    for source in sources:
-        folder = Path(source.path).parent
-        if manifest := Manifest.load(folder):
-            return manifest.load_tokenizer(folder)
-    return None
-
-
-def _token_bytes(config: RunConfig) -> npt.NDArray[np.int64] | None:
-    """Bytes of each token, for bits per byte; None where the validation data's tokenizer is not to be had."""
-    try:
-        tokenizer = _tokenizer(config.data.validation)
-    except UserError as error:  # training itself needs no vocabulary
-        logger.warning("no bits per byte in evaluations: %s", error)
-        return None
-    return None if tokenizer is None else token_byte_lengths(tokenizer)
-
-
-def _open_data(
-    config: RunConfig, micro_batch_size: int, rank: int, world_size: int
-) -> tuple[TrainingData, dict[str, ValidationData]]:
-    """Training data, and validation data by name. Raises UserError for what is missing, damaged or does not fit."""
-    vocab_size = config.model.vocab_size
-    data = TrainingData(config.data.train, config.seq_len, config.train.seed, config.data.document_mask, vocab_size)
-    names = distinct_names(config.data.validation, "data.validation")
-    token_bytes = _token_bytes(config)
-    validation = {
-        name: ValidationData(
-            source,
-            config.seq_len,
-            config.data.document_mask,
-            vocab_size,
-            token_bytes,
-            global_batch_size=config.train.global_batch_size,
-            micro_batch_size=micro_batch_size,
-            rank=rank,
-            world_size=world_size,
-            max_batches=config.evaluation.batches,
-        )
-        for name, source in zip(names, config.data.validation, strict=True)
-    }
-    common_tokenizer([*data.datasets, *(split.dataset for split in validation.values())], vocab_size)
-    return data, validation
 
 
 def _describe(config: RunConfig, data: TrainingData, world_size: int) -> CheckpointManifest:

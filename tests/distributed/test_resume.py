@@ -271,12 +271,6 @@ def test_changed_data_is_refused(one_rank, corpus, finished_run, tmp_path):
     assert "train: new" in message
 
 
-def test_another_number_of_ranks_is_refused_with_the_number_that_fits(two_ranks, corpus, finished_run):
-    message, code = two_ranks.run(refusal, tiny_config(corpus, finished_run))[0]
-    assert code == 2
-    assert "world_size was 1 and is now 2" in message
-
-
 def test_a_problem_on_one_rank_ends_all_ranks_with_its_message(two_ranks, corpus, tmp_path):
     config = tiny_config(corpus, tmp_path / "run", train={"global_batch_size": 7})
     answers = two_ranks.run(refusal, config)
