@@ -24,8 +24,9 @@ from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
 from megagpt.model.init import initialize_weights
 from megagpt.training import engine as engine_module
-from megagpt.training.checkpoint import read_manifest, save_checkpoint
+from megagpt.training.checkpoint import read_manifest
 from megagpt.training.engine import Engine
+from megagpt.training.saving import CheckpointWriter
 from megagpt.training.universal import Parameter, read_universal, universal_form, verify_universal
 from megagpt.training.universal_loading import convert_together, needs_conversion
 from tests.distributed.jobs import losses, refusal, tiny_config, train_and_report
@@ -99,7 +100,9 @@ def load_and_save(config: RunConfig, checkpoint: Path) -> tuple[States, bool, fl
     engine = Engine(config, size, config.train.global_batch_size // size // world_size, torch.device("cpu"))
     engine.load_universal(convert_together(checkpoint, folder, Console(quiet=True)))
     ours = {"world_size": world_size, "zero_stage": config.parallel.zero_stage, "precision": config.train.precision}
-    save_checkpoint(folder, read_manifest(checkpoint).model_copy(update=ours), engine.save, keep=9)
+    writer = CheckpointWriter(folder, keep=9)
+    writer.begin(read_manifest(checkpoint).model_copy(update=ours), lambda aside: engine.save(aside, snapshot=False))
+    writer.finish(beat=lambda: None)
     live, derived = {}, True
     inner = engine._engine.optimizer
     if config.parallel.zero_stage in (1, 2):
@@ -126,9 +129,10 @@ def load_and_save(config: RunConfig, checkpoint: Path) -> tuple[States, bool, fl
         world_size=world_size,
         max_batches=2,
     )
-    loss, _ = engine.evaluate(validation)
+    found = engine.evaluate(validation)
+    assert found is not None
     engine.close()
-    return live, derived, loss
+    return live, derived, found.loss
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +232,7 @@ def test_universal_form_holds_what_plain_torch_and_deepspeeds_own_tool_say(zero_
 def with_momentum(function: Any, *arguments: Any) -> Any:
     """Call `function` where the optimizer is SGD with momentum, whose only state is momentum_buffer."""
     original = engine_module.build_optimizer
-    engine_module.build_optimizer = lambda groups, config: torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    engine_module.build_optimizer = lambda groups, config: torch.optim.SGD(groups, lr=0.1, momentum=0.9, fused=True)
     try:
         return function(*arguments)
     finally:
