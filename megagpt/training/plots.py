@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 POINTS = 2000
 MEDIANS = 200
 
-_WIDTH, _HEIGHT, _DPI = 5.4, 3.2, 200  # inches, inches, dots an inch
+_WIDTH, _HEIGHT, _DPI = 5.4, 3.0, 200  # inches, inches, dots an inch
 _LINE_STYLES = ("-", (0, (5, 1.5)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 _LONGEST_LABEL = 48
 
@@ -184,7 +184,7 @@ def _draw_validation(runs: Sequence[History], theme: Theme) -> "Figure | None":
     figure, all_axes = _figure(len(datasets) * len(panels), "", runs, height=0.85 * _HEIGHT)
     cells = [(dataset, *panel) for dataset in datasets for panel in panels]
     for axes, (dataset, label, place) in zip(all_axes, cells, strict=True):
-        axes.set(xlabel=label, ylabel="cross-entropy, nats/token", title=_label(f"Validation loss: {dataset}"))
+        axes.set(xlabel=label, ylabel="cross-entropy, nats/token", title=f"Validation loss: {_short(dataset)}")
         for number, run in enumerate(runs):
             if dataset in run.validation:
                 columns = run.validation[dataset]
@@ -221,6 +221,7 @@ def _draw_learning_rate(runs: Sequence[History], theme: Theme) -> "Figure | None
     if figure:
         figure.axes[0].set_ylim(bottom=0)
         figure.axes[0].yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        _legend(figure, figure.axes[0])
     return figure
 
 
@@ -255,7 +256,6 @@ def _draw_simple(
     for number, run in enumerate(runs):
         draw = _noisy_curve if is_noisy else _curve
         draw(axes, run.train.counted("step"), scale * run.train.counted(name), theme, number, _legend_name(run, runs))
-    _legend(figure, axes)
     return figure
 
 
@@ -264,15 +264,15 @@ def _draw_time(runs: Sequence[History], theme: Theme) -> "Figure | None":
     spent = [run.time_spent() for run in runs]
     if not any(sum(parts.values()) for parts in spent):
         return None
-    figure, (axes,) = _figure(1, _title("Where the time went", runs), (), height=1.15 + 0.62 * len(runs))
+    used = [part for part in TIME_PARTS if any(parts.get(part, 0) > 0 for parts in spent)]
+    figure, (axes,) = _figure(1, "Where the time went", runs, height=0.85 + 0.55 * len(runs))
     axes.set(xlabel="share of the time, %", xlim=(0, 100), ylim=(len(runs) - 0.45, -0.75), yticks=[])
     axes.grid(visible=False, axis="y")
     axes.spines["left"].set_visible(False)
-    used = [part for part in TIME_PARTS if any(parts.get(part, 0) > 0 for parts in spent)]
     for row, (run, parts) in enumerate(zip(runs, spent, strict=True)):
         whole, left = sum(parts.values()), 0.0
-        name = f"{_label(run.name)}: " if len(runs) > 1 else ""
-        kind = "wall time" if "not training" in parts else "recorded"
+        name = f"{_short(run.name)}: " if len(runs) > 1 else ""
+        kind = "wall time" if parts.get("not training") else "recorded"
         axes.text(0, row - 0.34, f"{name}{duration(whole)} {kind}", fontsize=9, va="bottom")
         for part in used:
             share = 100 * parts.get(part, 0) / (whole or 1)
@@ -310,19 +310,16 @@ def _draw_step_time(runs: Sequence[History], theme: Theme) -> "Figure | None":
     return figure
 
 
-_THINNED = f"More than {POINTS:,} records are thinned to the lowest and highest of equal stretches: no extreme is lost."
-_MEDIANS = f"Faint: the records; line: the median of each 1/{MEDIANS} of them. {_THINNED}"
-
 PICTURES = (
-    Picture("loss", "Loss", f"Of single batches in training. {_MEDIANS}", _draw_loss),
-    Picture("validation_loss", "Validation loss", "Each point is one evaluation.", _draw_validation),
-    Picture("throughput", "Throughput", f"Checkpoints and evaluations not included. {_MEDIANS}", _draw_throughput),
-    Picture("gradient_norm", "Gradient norm", f"Before clipping. {_MEDIANS}", _draw_gradient_norm),
-    Picture("learning_rate", "Learning rate", _THINNED, _draw_learning_rate),
+    Picture("loss", "Loss", "Training: of single batches.", _draw_loss),
+    Picture("validation_loss", "Validation loss", "", _draw_validation),
+    Picture("throughput", "Throughput", "Without checkpoints and evaluations.", _draw_throughput),
+    Picture("gradient_norm", "Gradient norm", "Before clipping.", _draw_gradient_norm),
+    Picture("learning_rate", "Learning rate", "", _draw_learning_rate),
     Picture(
         "goodput",
         "Goodput",
-        f"Time in steps that count (not repeated after a restart) over the time since the first start. {_THINNED}",
+        "Time in steps that count (were not repeated after a restart) over the time since the first start.",
         _draw_goodput,
     ),
     Picture(
@@ -334,10 +331,18 @@ PICTURES = (
     Picture(
         "step_time",
         "Time of a step",
-        f"Means of each 1/{MEDIANS} of the records. The axis ends at three times the median.",
+        f"Means of 1/{MEDIANS} of the records each. The axis ends at three times the median.",
         _draw_step_time,
     ),
 )
+
+HOW_DRAWN = (
+    f"A curve of more than {POINTS:,} records is thinned to the lowest and the highest of equal stretches, so that no "
+    f"extreme is lost. Loss, throughput and gradient norm of more than {2 * MEDIANS} records: faint the records, in "
+    f"front of them a line of medians of 1/{MEDIANS} of the records each. Missing values (a skipped step's loss) leave "
+    "gaps. Of a step that was done again the last record counts."
+)
+"""What holds for all pictures."""
 
 
 def tokens_per_second_per_rank(run: History) -> Floats:
@@ -386,7 +391,7 @@ def _figure(panels: int, title: str, runs: Sequence[History], height: float = _H
 
 def _title(title: str, runs: Sequence[History]) -> str:
     """With the name of the run, if there is one alone; a legend names several."""
-    return f"{title}: {_label(runs[0].name)}" if len(runs) == 1 else title
+    return f"{title}: {_short(runs[0].name)}" if len(runs) == 1 else title
 
 
 def _legend_name(run: History, runs: Sequence[History]) -> str | None:
@@ -394,14 +399,17 @@ def _legend_name(run: History, runs: Sequence[History]) -> str | None:
     return run.name if len(runs) > 1 else None
 
 
-def _label(text: str | None) -> str | None:
-    """A name, its middle left out if it is long; matplotlib leaves labels with a leading underscore out of legends."""
-    if text is None:
-        return None
-    if len(text) > _LONGEST_LABEL:
-        half = (_LONGEST_LABEL - 1) // 2
-        text = f"{text[:half]}…{text[-half:]}"
-    return f" {text}" if text.startswith("_") else text
+def _short(text: str) -> str:
+    """A name, its middle left out if it is long."""
+    if len(text) <= _LONGEST_LABEL:
+        return text
+    half = (_LONGEST_LABEL - 1) // 2
+    return f"{text[:half]}…{text[-half:]}"
+
+
+def _label(name: str | None) -> str | None:
+    """A name in a legend, from which matplotlib leaves out labels with a leading underscore."""
+    return None if name is None else f" {_short(name)}" if name.startswith("_") else _short(name)
 
 
 def _style(theme: Theme, number: int) -> dict:
@@ -509,28 +517,28 @@ def _mark_world_sizes(axes: "Axes", runs: Sequence[History], theme: Theme) -> No
 
 def _legend(figure: "Figure", *all_axes: "Axes") -> None:
     """One legend below all axes, of the labels of all of them, each once."""
-    for old in figure.legends[:]:
-        old.remove()
     entries: dict[str, Artist] = {}
     for axes in all_axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             entries.setdefault(label, handle)
-    if not entries:
-        return
-    longest = max(map(len, entries))
-    columns = 1 if longest > 34 else 2 if longest > 19 else 3
-    figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=columns)
+    if entries:
+        _legend_below(figure, list(entries.values()), list(entries))
 
 
 def _parts_legend(figure: "Figure", theme: Theme, used: Sequence[str], details: Sequence[str] | None = None) -> None:
     from matplotlib.patches import Patch
 
+    patches = [Patch(color=theme.parts[TIME_PARTS.index(part)]) for part in used]
     labels = [part + detail for part, detail in zip(used, details or [""] * len(used), strict=True)]
-    handles = [
-        Patch(color=theme.parts[TIME_PARTS.index(part)], label=label) for part, label in zip(used, labels, strict=True)
-    ]
-    columns = 2 if max(map(len, labels)) > 18 else 3
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, handlelength=1, handleheight=1)
+    _legend_below(figure, patches, labels, handlelength=1, handleheight=1)
+
+
+def _legend_below(figure: "Figure", handles: "Sequence[Artist]", labels: Sequence[str], **style: float) -> None:
+    """A legend for which the figure grows, so that the axes keep their height."""
+    longest = max(map(len, labels))
+    columns = 1 if longest > 34 else 2 if longest > 18 else 3
+    figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(labels) // columns))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, **style)
 
 
 def _readable_on(color: str) -> str:

@@ -17,15 +17,24 @@ import numpy as np
 
 from megagpt.data.atomic import replace_file
 from megagpt.errors import UsageError, UserError
-from megagpt.training.history import Columns, Floats, History, printable, read_histories
-from megagpt.training.plots import DARK, LIGHT, PICTURES, Picture, compact, render, tokens_per_second_per_rank
+from megagpt.training.history import Columns, Event, Floats, History, printable, read_histories
+from megagpt.training.plots import (
+    DARK,
+    HOW_DRAWN,
+    LIGHT,
+    PICTURES,
+    Picture,
+    compact,
+    render,
+    tokens_per_second_per_rank,
+)
 from megagpt.training.sinks import duration
 
 UNKNOWN = "–"
 MOST_EVENTS = 300
-"""Events of a run that the page lists, the newest."""
-LAST_RECORDS = 100
-"""Training records whose median is the final training loss."""
+"""Events of a run that the page lists."""
+LAST_SHARE = 50
+"""The final training loss is the median of the last 1/LAST_SHARE of the training records."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +59,7 @@ class Summary:
     tokens: int | None
     """Tokens that they read."""
     training_loss: float | None
-    """Median of the last LAST_RECORDS records."""
+    """Median of the last 1/LAST_SHARE of the records."""
     last: dict[str, Evaluation] = field(default_factory=dict)
     """The last evaluation that has a loss, by validation dataset."""
     best: dict[str, Evaluation] = field(default_factory=dict)
@@ -71,8 +80,8 @@ class Summary:
     """Starts after the first."""
     skipped_steps: int | None = None
     """As last recorded."""
-    spikes: int = 0
-    rollbacks: int = 0
+    spikes: int | None = None
+    rollbacks: int | None = None
     checkpoints: int = 0
     """How many were written."""
     checkpoint_stall_seconds: float | None = None
@@ -92,13 +101,14 @@ class Summary:
             if len(known):
                 last[dataset] = _evaluation(columns, known[-1])
                 best[dataset] = _evaluation(columns, known[loss[known].argmin()])
+        losses = run.train.counted("loss")
         kinds = [event.kind for event in run.events]
         sizes = [start.world_size for start in run.starts if start.world_size is not None]
         return cls(
             name=run.name,
             steps=run.last_step,
             tokens=_whole(_last(run.train.counted("tokens"))),
-            training_loss=_median(run.train.counted("loss")[-LAST_RECORDS:]),
+            training_loss=_median(losses[-max(1, len(losses) // LAST_SHARE) :]),
             last=last,
             best=best,
             tokens_per_second=_median(run.train.counted("tokens_per_second")),
@@ -109,8 +119,8 @@ class Summary:
             world_sizes=tuple(size for place, size in enumerate(sizes) if place == 0 or size != sizes[place - 1]),
             restarts=len(run.starts) - 1 if run.starts else None,
             skipped_steps=_whole(_last(run.train.counted("skipped_steps"))),
-            spikes=kinds.count("spike"),
-            rollbacks=kinds.count("rollback"),
+            spikes=kinds.count("spike") if kinds else None,
+            rollbacks=kinds.count("rollback") if kinds else None,
             checkpoints=len(run.checkpoints),
             checkpoint_stall_seconds=_median(run.checkpoint_stalls()),
             checkpoint_bytes=_median(run.checkpoints.values["bytes"]),
@@ -152,8 +162,8 @@ def table_rows(summaries: Sequence[Summary]) -> list[tuple[str, list[str]]]:
         ("Steps", [f"{one.steps:,}" for one in summaries]),
         ("Tokens", [_optional(one.tokens, compact) for one in summaries]),
         (
-            "Training loss, median of the last records",
-            [_optional(one.training_loss, lambda loss: f"{loss:.4f}") for one in summaries],
+            f"Training loss, median of the last {100 // LAST_SHARE} %",
+            [_optional(one.training_loss, "{:.4f}".format) for one in summaries],
         ),
     ]
     for dataset in datasets:
@@ -170,15 +180,23 @@ def table_rows(summaries: Sequence[Summary]) -> list[tuple[str, list[str]]]:
         ("Wall time", [_optional(one.wall_seconds, duration) for one in summaries]),
         ("Goodput", [_optional(one.goodput, _percent) for one in summaries]),
         ("Restarts", [_optional(one.restarts, str) for one in summaries]),
-        ("Skipped steps", [_optional(one.skipped_steps, lambda count: f"{count:,}") for one in summaries]),
-        ("Loss spikes", [f"{one.spikes:,}" for one in summaries]),
-        ("Rollbacks", [f"{one.rollbacks:,}" for one in summaries]),
+        ("Skipped steps", [_optional(one.skipped_steps, "{:,}".format) for one in summaries]),
+        ("Loss spikes", [_optional(one.spikes, "{:,}".format) for one in summaries]),
+        ("Rollbacks", [_optional(one.rollbacks, "{:,}".format) for one in summaries]),
         ("Checkpoints", [f"{one.checkpoints:,}" for one in summaries]),
         ("Checkpoint stall, median", [_optional(one.checkpoint_stall_seconds, _seconds) for one in summaries]),
         ("Checkpoint size, median", [_optional(one.checkpoint_bytes, _size) for one in summaries]),
         ("State", [one.state for one in summaries]),
     ]
     return [(title, cells) for title, cells in rows if set(cells) != {UNKNOWN}]
+
+
+def listed_events(run: History) -> list[Event]:
+    """The events of a run for its page, at most MOST_EVENTS: the oldest spikes go first."""
+    too_many = max(0, len(run.events) - MOST_EVENTS)
+    spikes = [place for place, event in enumerate(run.events) if event.kind == "spike"]
+    left_out = set(spikes[:too_many])
+    return [event for place, event in enumerate(run.events) if place not in left_out][-MOST_EVENTS:]
 
 
 def _to_html(runs: list[History], summaries: list[Summary], pictures: list[tuple[Picture, bytes, bytes]]) -> str:
@@ -190,6 +208,7 @@ def _to_html(runs: list[History], summaries: list[Summary], pictures: list[tuple
         base64=lambda content: base64.b64encode(content).decode("ascii"),
         count=lambda number: f"{number:,}",
         printable=lambda path: printable(str(path)),
+        listed=listed_events,
         moment=lambda seconds: UNKNOWN if seconds is None else _moment(seconds),
     )
     return environment.from_string(source).render(
@@ -197,7 +216,7 @@ def _to_html(runs: list[History], summaries: list[Summary], pictures: list[tuple
         rows=table_rows(summaries),
         pictures=pictures,
         colors=list(zip(LIGHT.series, DARK.series, strict=True)),
-        most_events=MOST_EVENTS,
+        how_drawn=HOW_DRAWN,
     )
 
 
