@@ -83,10 +83,10 @@ class Columns:
             column = np.array(values, dtype=np.float64)  # None becomes NaN
         except (TypeError, ValueError, OverflowError):
             column = np.empty(())
-        if column.shape == (len(values),):
+        if column.shape == (len(values),) and (name != "step" or np.isfinite(column).all()):
             return column
         for line, record in self._pending:  # one by one, to name the line
-            _number(self._path, line, record, name)
+            _step(self._path, line, record) if name == "step" else _number(self._path, line, record, name)
         raise AssertionError(f"{name}: no value explains why they are no column")
 
 
@@ -130,7 +130,7 @@ class History:
     first_time: float | None = None
     """Time of the first record that has one, in seconds since 1970; None: none has, as in older files."""
     last_time: float | None = None
-    """Of the last one."""
+    """Time of the last record."""
 
     @property
     def starts(self) -> list[Event]:
@@ -224,7 +224,7 @@ def distinct_names(folders: Sequence[Path]) -> list[str]:
     """The last part of each path; as many more of all as are needed to tell them apart."""
     paths = [folder.resolve().parts for folder in folders]
     for length in range(1, max(map(len, paths), default=0) + 1):
-        names = ["/".join(path[-length:]) for path in paths]
+        names = [str(Path(*path[-length:])) for path in paths]
         if len(set(names)) == len(names):
             break
     return [printable(name) for name in names]
@@ -247,15 +247,14 @@ class _Reader:
     def __init__(self, run_dir: Path, name: str) -> None:
         self.path = run_dir / "metrics.jsonl"
         self._history = History(run_dir, name, Columns(TRAIN_FIELDS, self.path), Columns(CHECKPOINT_FIELDS, self.path))
-        self._last_step: float | None = None
+        self._last: tuple[int, Record] | None = None  # the last line and its record
         self._is_running = False  # a start was read, and no stop after it
 
     def take(self, line: int, record: Record) -> None:
         """Take the record of a line. Raises UserError if it is damaged."""
         history, kind = self._history, record["kind"]
-        step, time = (_number(self.path, line, record, name) for name in ("step", "time"))
-        if step is None:
-            raise UserError(f"{self.path}:{line}: step is {record['step']!r}, not a number; the file is damaged")
+        if history.first_time is None:
+            history.first_time = _number(self.path, line, record, "time")
         if kind == "train":
             history.train.add(line, record)
         elif kind == "validation":
@@ -266,27 +265,26 @@ class _Reader:
         elif kind == "checkpoint":
             history.checkpoints.add(line, record)
         elif kind in _TEXTS:
-            self._take_event(line, record, step, time)
-        self._last_step = step
-        if time is not None:
-            history.first_time = time if history.first_time is None else history.first_time
-            history.last_time = time
+            self._take_event(line, record)
+        self._last = line, record
 
     def close(self) -> History:
         """The history, after the last record. Raises UserError if there was none."""
-        if self._last_step is None:
+        if self._last is None:
             raise UserError(f"{self.path}: no records yet; wait until the run has logged its first step")
+        self._history.last_time = _number(self.path, *self._last, "time")
         for columns in _all_columns(self._history):
             columns.close()
         return self._history
 
-    def _take_event(self, line: int, record: Record, step: float, time: float | None) -> None:
-        history, kind = self._history, record["kind"]
+    def _take_event(self, line: int, record: Record) -> None:
+        history, kind, step = self._history, record["kind"], _step(self.path, line, record)
         ranks = None
         if kind == "start":
-            if self._is_running:
+            if self._is_running and self._last:
+                last_step, last_time = _step(self.path, *self._last), _number(self.path, *self._last, "time")
                 text = "no stop is recorded before the next start: killed, or stopped in steps that were done again"
-                history.events.append(Event("killed", int(self._last_step or 0), history.last_time, text))
+                history.events.append(Event("killed", last_step, last_time, text))
             for columns in _all_columns(history):
                 columns.restart(step)
             ranks = _number(self.path, line, record, "world_size")
@@ -294,11 +292,20 @@ class _Reader:
             self._is_running = kind == "start"
         name = printable(str(record.get("event", kind))) if kind == "event" else kind
         text = printable(_TEXTS[kind](record))
-        history.events.append(Event(name, int(step), time, text, None if ranks is None else int(ranks)))
+        time = _number(self.path, line, record, "time")
+        history.events.append(Event(name, step, time, text, None if ranks is None else int(ranks)))
 
 
 def _all_columns(history: History) -> list[Columns]:
     return [history.train, history.checkpoints, *history.validation.values()]
+
+
+def _step(path: Path, line: int, record: Record) -> int:
+    """The step, which every record has. Raises UserError naming the line for anything but a number."""
+    step = _number(path, line, record, "step")
+    if step is None:
+        raise UserError(f"{path}:{line}: step is {record['step']!r}, not a number; the file is damaged")
+    return int(step)
 
 
 def _number(path: Path, line: int, record: Record, name: str) -> float | None:

@@ -89,7 +89,7 @@ def numbered_records(path: Path) -> Iterator[tuple[int, Record]]:
                 if not line.endswith(b"\n"):  # the last line, and its write was interrupted
                     return
                 record = None
-            if not isinstance(record, dict) or not {"kind", "step"} <= record.keys():
+            if not isinstance(record, dict) or "kind" not in record or "step" not in record:
                 raise UserError(f"{path}:{number}: not a record of metrics; the file is damaged")
             yield number, record
 
