@@ -52,6 +52,13 @@ def test_the_parts_of_the_time_are_means_times_steps_and_the_rest_of_the_wall_ti
     assert spent["not training"] > 3 * 400, "three pauses of at least 400 seconds"
 
 
+def test_a_record_after_a_rollback_covers_as_many_steps_as_the_others(tmp_path):
+    records = [{"kind": "train", "step": step, "step_seconds": 1.0} for step in (10, 20, 30, 20, 30, 40)]
+    (run,) = read_histories([write_records(tmp_path / "run", records)])
+    assert run.steps_covered().tolist() == [10] * 6
+    assert run.time_spent()["rest of step"] == 60
+
+
 def test_the_time_of_older_files_comes_from_their_checkpoints_and_evaluations(tmp_path):
     """They have no time, and neither parts of a step nor checkpoint_seconds in their training records."""
     records = [

@@ -87,7 +87,7 @@ def test_losses_are_drawn_by_tokens_too_when_a_step_is_not_as_many_tokens_in_eve
 
 
 def test_runs_are_told_apart_by_legend_and_colour_in_every_theme(tmp_path):
-    names = ["plain", "_underscore", "price $x_1$ of $y$"]
+    names = ["plain", "_underscore", "price $x_{ of $"]
     runs = read_histories([FakeRun(steps=100, ranks=(4,), stops_at=()).write(tmp_path / name) for name in names])
     for theme in (LIGHT, DARK):
         figure = DRAW["learning_rate"](runs, theme)
