@@ -248,6 +248,7 @@ class _Reader:
         self.path = run_dir / "metrics.jsonl"
         self._history = History(run_dir, name, Columns(TRAIN_FIELDS, self.path), Columns(CHECKPOINT_FIELDS, self.path))
         self._last: tuple[int, Record] | None = None  # the last line and its record
+        self._last_train: tuple[int, Record] | None = None  # the same of training; a checkpoint's step may be earlier
         self._is_running = False  # a start was read, and no stop after it
 
     def take(self, line: int, record: Record) -> None:
@@ -257,6 +258,7 @@ class _Reader:
             history.first_time = _number(self.path, line, record, "time")
         if kind == "train":
             history.train.add(line, record)
+            self._last_train = line, record
         elif kind == "validation":
             dataset = printable(str(record.get("dataset", "validation")))
             if dataset not in history.validation:
@@ -282,7 +284,8 @@ class _Reader:
         ranks = None
         if kind == "start":
             if self._is_running and self._last:
-                last_step, last_time = _step(self.path, *self._last), _number(self.path, *self._last, "time")
+                last_step = _step(self.path, *(self._last_train or self._last))
+                last_time = _number(self.path, *self._last, "time")
                 text = "no stop is recorded before the next start: killed, or stopped in steps that were done again"
                 history.events.append(Event("killed", last_step, last_time, text))
             for columns in _all_columns(history):

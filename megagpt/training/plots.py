@@ -463,7 +463,10 @@ def _scale_log(axes: "Axes") -> None:
     low, high = _extent(axes)
     axes.set_yscale("log")
     decades = np.log10(high / low)
-    leading = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if decades < 0.8 else (1, 2, 3, 5) if decades < 2 else (1, 3)
+    if decades < 0.8:
+        leading: tuple[float, ...] = (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 8)
+    else:
+        leading = (1, 1.5, 2, 3, 4, 6, 8) if decades < 1.3 else (1, 2, 3, 5) if decades < 2 else (1, 3)
     if decades > 4:
         return
     ticks = [lead * 10.0**power for power in range(-12, 13) for lead in leading]

@@ -192,10 +192,10 @@ def table_rows(summaries: Sequence[Summary]) -> list[tuple[str, list[str]]]:
 
 
 def listed_events(run: History) -> list[Event]:
-    """The events of a run for its page, at most MOST_EVENTS: the oldest spikes go first."""
+    """The events of a run for its page, at most MOST_EVENTS: the oldest spikes and skipped steps go first."""
     too_many = max(0, len(run.events) - MOST_EVENTS)
-    spikes = [place for place, event in enumerate(run.events) if event.kind == "spike"]
-    left_out = set(spikes[:too_many])
+    frequent = [place for place, event in enumerate(run.events) if event.kind in ("spike", "skipped")]
+    left_out = set(frequent[:too_many])
     return [event for place, event in enumerate(run.events) if place not in left_out][-MOST_EVENTS:]
 
 
@@ -236,7 +236,7 @@ def _evaluation(columns: Columns, place: int) -> Evaluation:
 def _state(run: History) -> str:
     ends = [event for event in run.events if event.kind in ("start", "stop")]
     if ends and ends[-1].kind == "stop":
-        return f"stopped: {ends[-1].text}"
+        return ends[-1].text if ends[-1].text == "finished" else f"stopped: {ends[-1].text}"
     if run.last_time is None:
         return UNKNOWN
     return f"no stop recorded; last heard from {_moment(run.last_time)} UTC"

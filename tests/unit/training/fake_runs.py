@@ -49,16 +49,16 @@ class FakeRun:
                       micro_batch_size=self.batch_size // ranks, continues_from=checkpoint)  # fmt: skip
             if number and ranks != self.ranks[number - 1]:
                 message = f"world size {self.ranks[number - 1]} -> {ranks}"
-                self._add("event", step, event="changes", message=message)
+                self._add("event", step, event="changed", message=message)
             self._now += 45
             is_last = number == len(self.ranks) - 1
             end = self.steps if is_last else self.stops_at[number]
             reached = self._train(step, end, ranks)
             if is_last:
-                self._add("stop", reached, reason="all steps are done")
+                self._add("stop", reached, reason="finished")
             elif number % 2:
                 self._save(reached)
-                self._add("stop", reached, reason="SIGUSR1: the job's time is nearly over")
+                self._add("stop", reached, reason="SIGUSR1")
             lost = 0 if is_last or number % 2 else reached % self.checkpoint_every
             step = reached - lost
             checkpoint = f"step_{step:08d}"

@@ -76,7 +76,7 @@ def test_the_time_of_older_files_comes_from_their_checkpoints_and_evaluations(tm
 
 def test_events_are_starts_stops_and_a_kill_where_no_stop_was_recorded(tmp_path):
     (run,) = read_histories([FakeRun().write(tmp_path / "run")])
-    kinds = [(event.kind, event.step) for event in run.events if event.kind not in ("spike", "changes")]
+    kinds = [(event.kind, event.step) for event in run.events if event.kind not in ("spike", "changed")]
     assert kinds == [
         *(("start", 0), ("killed", 700), ("start", 700)),
         *(("stop", 1100), ("start", 1100), ("killed", 1500), ("start", 1500), ("stop", 2000)),
@@ -84,7 +84,7 @@ def test_events_are_starts_stops_and_a_kill_where_no_stop_was_recorded(tmp_path)
     assert [start.world_size for start in run.starts] == [16, 16, 8, 16]
     text = run.starts[2].text
     assert text == "world size 8, ZeRO stage 1, bf16, micro-batch 32, continues from step_00001100"
-    assert [event.text for event in run.events if event.kind == "changes"] == [
+    assert [event.text for event in run.events if event.kind == "changed"] == [
         "world size 16 -> 8",
         "world size 8 -> 16",
     ]
@@ -135,7 +135,7 @@ def test_a_last_line_cut_short_is_left_out(tmp_path):
     path.write_bytes(path.read_bytes()[:-9])  # in the middle of the last stop
     (run,) = read_histories([tmp_path / "run"])
     assert run.last_step == 2000
-    assert run.events[-1].kind == "changes"
+    assert run.events[-1].kind == "changed"
 
 
 def test_folders_that_are_no_run_empty_or_given_twice_are_refused(tmp_path):

@@ -107,7 +107,7 @@ def test_the_summary_is_a_recount_of_the_records(tmp_path, keep_repeated):
             assert found.perplexity == pytest.approx(math.exp(record["loss"]))
     assert {name: getattr(summary, name) for name in expected} == pytest.approx(expected)
     assert summary.world_sizes == (16, 8, 16)
-    assert summary.state == "stopped: all steps are done"
+    assert summary.state == "finished"
 
 
 @pytest.fixture(scope="module")
