@@ -12,7 +12,7 @@ PROGRAM = "python -m tools.report"
 
 
 def main(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs (train.run_dir).")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs (train.run_dir).")],
     output: Annotated[
         Path | None, typer.Option(help="Folder to write to; default: RUN/report of one run, ./report of several.")
     ] = None,
