@@ -25,14 +25,22 @@ _CONTEXT.set_forkserver_preload(["tests.distributed.preload"])
 class Job:
     """`world_size` ranks of one training run."""
 
-    def __init__(self, config_file: Path, overrides: Sequence[str], world_size: int, folder: Path) -> None:
-        """Start them; folder: for their output."""
+    def __init__(
+        self,
+        config_file: Path,
+        overrides: Sequence[str],
+        world_size: int,
+        folder: Path,
+        prepare: Callable[[], object] | None = None,
+    ) -> None:
+        """Start them; folder: for their output. prepare: called in each rank before the command."""
         folder.mkdir(parents=True, exist_ok=True)
         self.world_size, self._folder = world_size, folder
         port = free_port()
         self.ranks = [
             _CONTEXT.Process(
-                target=_rank, args=(rank, world_size, port, [str(config_file), *overrides], folder / f"out_{rank}")
+                target=_rank,
+                args=(rank, world_size, port, [str(config_file), *overrides], folder / f"out_{rank}", prepare),
             )
             for rank in range(world_size)
         ]
@@ -81,10 +89,16 @@ class Job:
             time.sleep(0.005)
 
 
-def start(config_file: Path, run_dir: Path, *overrides: str, world_size: int = 2) -> Job:
+def start(
+    config_file: Path,
+    run_dir: Path,
+    *overrides: str,
+    world_size: int = 2,
+    prepare: Callable[[], object] | None = None,
+) -> Job:
     """Start a run in `run_dir`."""
     outputs = run_dir.parent / f"{run_dir.name}_output_{time.monotonic_ns()}"
-    return Job(config_file, [f"train.run_dir={run_dir}", *overrides], world_size, outputs)
+    return Job(config_file, [f"train.run_dir={run_dir}", *overrides], world_size, outputs, prepare)
 
 
 def records(run_dir: Path, kind: str | None = None) -> list[dict[str, Any]]:
@@ -99,7 +113,14 @@ def manifest(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "manifest.json").read_text())
 
 
-def _rank(rank: int, world_size: int, port: int, arguments: list[str], output: Path) -> None:
+def _rank(
+    rank: int,
+    world_size: int,
+    port: int,
+    arguments: list[str],
+    output: Path,
+    prepare: Callable[[], object] | None,
+) -> None:
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(descriptor, stream)
@@ -108,5 +129,7 @@ def _rank(rank: int, world_size: int, port: int, arguments: list[str], output: P
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
+    if prepare:
+        prepare()
     sys.argv = ["launch.train", *arguments]
     runpy.run_module("launch.train", run_name="__main__", alter_sys=True)
