@@ -30,7 +30,8 @@ from megagpt.config.schema import RunConfig
 from megagpt.data.loader import Batch
 from megagpt.data.samples import IGNORE_INDEX
 from megagpt.errors import UsageError, UserError
-from megagpt.model.gpt import GPT, compile_blocks, compile_loss
+from megagpt.model.attention import missing_for_flex_attention
+from megagpt.model.gpt import GPT, compile_attention, compile_blocks, compile_loss
 from megagpt.model.init import initialize_weights, parameter_kind
 from megagpt.training.optimizer import build_optimizer, parameter_groups
 
@@ -137,6 +138,11 @@ class Engine:
                 logger.warning("training uncompiled, which is slower: torch.compile needs %s", missing)
             else:
                 compile_loss(self._engine.module)
+                if config.data.document_mask and device.type == "cuda":
+                    if missing := missing_for_flex_attention(config.model, device):
+                        logger.warning("masking documents by seq_len^2 masks: FlexAttention needs %s", missing)
+                    else:
+                        compile_attention(self._engine.module)
                 # At stage 3 DeepSpeed's hooks gather weights before every submodule: each would break the block's
                 # graph and, with guards of their own, compile it anew until torch gives up.
                 if self.zero_stage < 3:
