@@ -1,23 +1,24 @@
 """Batches for training and evaluation, read by global position, so that ranks only divide what a step consumes.
 
-A step consumes the window [consumed, consumed + global_batch_size) of samples; rank r of W reads the r-th of its W
-equal contiguous parts, in micro-batches. What a window holds depends on datasets, seed and seq_len alone: not on the
-number of ranks, the micro-batches or where a run was resumed.
+A step consumes a window of samples, the next after the last step's; rank r of W reads the r-th of its W equal
+contiguous parts, in micro-batches. What a window holds depends on datasets, seed and seq_len alone: not on the number
+of ranks, the micro-batches or where a run was resumed.
 """
 
 import json
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 import xxhash
 
+from megagpt.config.batch import BatchSizes
 from megagpt.config.schema import DataSource
 from megagpt.data.blend import Blend
 from megagpt.data.indexed import IndexedDataset, bin_path
@@ -165,18 +166,16 @@ class ValidationData:
         self._open_loader = partial(
             BatchLoader,
             self,
-            global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size,
             rank=rank,
             world_size=world_size,
-            start_sample=0,
-            stop_sample=self.num_batches * global_batch_size,
         )
+        self._batches = BatchSizes(global_batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        with self._open_loader() as loader:
-            for micro_batches in loader:
-                yield from micro_batches
+        with self._open_loader(step_windows(self._batches, 0, self.num_batches)) as loader:
+            for batches in loader:
+                yield from batches.micro_batches
 
     def read(self, start: int, count: int) -> Batch:
         """Samples [start, start + count). UserError: a token id is not below vocab_size."""
@@ -187,8 +186,43 @@ class ValidationData:
         return Batch(inputs, batch.targets, batch.document_ids)
 
 
+class Window(NamedTuple):
+    """The samples [start, start + size) of the global order, which one step consumes."""
+
+    start: int
+    size: int
+
+    @property
+    def stop(self) -> int:
+        """The sample after the last."""
+        return self.start + self.size
+
+
+class StepBatches(NamedTuple):
+    """What one rank computes in one step."""
+
+    window: Window
+    """What all ranks together consume."""
+    micro_batches: list[Batch]
+    """This rank's part of it."""
+
+
+def step_windows(
+    batches: BatchSizes, consumed: int, steps: int, skipped: Sequence[tuple[int, int]] = ()
+) -> Iterator[Window]:
+    """The windows of the next `steps` steps after `consumed` samples.
+
+    skipped: ranges (start, stop) of samples that no step shall read; a window that would begin in one begins after it.
+    """
+    for _ in range(steps):
+        while stops := [stop for start, stop in skipped if start <= consumed < stop]:
+            consumed = max(stops)
+        yield (window := Window(consumed, batches.at(consumed)))
+        consumed = window.stop
+
+
 class BatchLoader:
-    """Iterates over steps: each item is the list of this rank's micro-batches, read ahead in a background thread.
+    """Iterates over steps: this rank's micro-batches of each window, read ahead in a background thread.
 
     An error of the thread is raised where its step is asked for. Use it in a `with` block, or call `close`.
     """
@@ -196,62 +230,57 @@ class BatchLoader:
     def __init__(
         self,
         data: SampleReader,
+        windows: Iterable[Window],
         *,
-        global_batch_size: int,
         micro_batch_size: int,
         rank: int,
         world_size: int,
-        start_sample: int,
-        stop_sample: int | None = None,
         pin_memory: bool = False,
         prefetch: int = 2,
     ) -> None:
         """Begin to read ahead.
 
-        Sizes and positions are in samples; start_sample is what earlier steps have consumed; no window reaches beyond
-        stop_sample. prefetch: steps to read ahead, at least 1. UsageError: the global batch does not divide evenly.
+        windows: one a step; sizes are in samples. prefetch: steps to read ahead, at least 1. UsageError: a window does
+        not divide evenly into micro-batches of all ranks.
         """
-        if global_batch_size % (world_size * micro_batch_size):
-            raise UsageError(
-                f"train.global_batch_size: {global_batch_size} is not a multiple of {world_size} ranks x "
-                f"train.micro_batch_size {micro_batch_size}; change one of them"
-            )
-        self.consumed = start_sample
-        """Samples consumed by all steps so far, the one handed out last included."""
-        self._data, self._micro_batch_size, self._pin_memory = data, micro_batch_size, pin_memory
-        self._global_batch_size, self._share = global_batch_size, global_batch_size // world_size
-        self._rank, self._window, self._stop_sample = rank, start_sample, stop_sample
+        self._data, self._windows, self._micro_batch_size = data, iter(windows), micro_batch_size
+        self._rank, self._world_size, self._pin_memory = rank, world_size, pin_memory
         # A new thread's CUDA device is 0: pinning there would cost every rank of a node a context on the first GPU.
         initializer = partial(torch.cuda.set_device, torch.cuda.current_device()) if pin_memory else None
         self._executor = ThreadPoolExecutor(1, "batch-loader", initializer)
-        self._pending: deque[Future[list[Batch]]] = deque()
+        self._pending: deque[Future[StepBatches]] = deque()
         for _ in range(prefetch):
             self._request()
 
     def _request(self) -> None:
-        """Have the next window read, unless it reaches beyond the end."""
-        if self._stop_sample is None or self._window + self._global_batch_size <= self._stop_sample:
-            self._pending.append(self._executor.submit(self._read, self._window + self._rank * self._share))
-            self._window += self._global_batch_size
+        """Have the next window read, if there is one."""
+        window = next(self._windows, None)
+        if window is None:
+            return
+        if window.size % (self._world_size * self._micro_batch_size):
+            raise UsageError(
+                f"train.global_batch_size: {window.size} is not a multiple of {self._world_size} ranks x "
+                f"train.micro_batch_size {self._micro_batch_size}; change one of them"
+            )
+        self._pending.append(self._executor.submit(self._read, window))
 
-    def _read(self, start: int) -> list[Batch]:
-        batch = self._data.read(start, self._share)
+    def _read(self, window: Window) -> StepBatches:
+        share, size = window.size // self._world_size, self._micro_batch_size
+        batch = self._data.read(window.start + self._rank * share, share)
         if self._pin_memory:
             batch = batch.pin_memory()
-        size = self._micro_batch_size
-        return [batch[first : first + size] for first in range(0, self._share, size)]
+        return StepBatches(window, [batch[first : first + size] for first in range(0, share, size)])
 
-    def __iter__(self) -> Iterator[list[Batch]]:
+    def __iter__(self) -> Iterator[StepBatches]:
         return self
 
-    def __next__(self) -> list[Batch]:
+    def __next__(self) -> StepBatches:
         if not self._pending:
             raise StopIteration
-        micro_batches = self._pending[0].result()
+        batches = self._pending[0].result()
         self._pending.popleft()
         self._request()
-        self.consumed += self._global_batch_size
-        return micro_batches
+        return batches
 
     def close(self) -> None:
         """End the thread, after the read that it is in."""

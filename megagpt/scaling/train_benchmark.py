@@ -40,7 +40,7 @@ def compare_with_plain_loop(
     engine = Engine(config, micro_batch_size, accumulation_steps, device)
     micro_batches = [batch[i : i + micro_batch_size] for i in range(0, len(batch), micro_batch_size)]
     contenders: dict[str, Callable[[], object]] = {
-        "megagpt": lambda: engine.step(micro_batches, config.optimizer.lr).loss.item(),
+        "megagpt": lambda: engine.step(micro_batches, config.optimizer.lr).read(),
         "plain": _plain_step(config, micro_batches, device),
     }
     seconds: dict[str, list[float]] = {name: [] for name in contenders}

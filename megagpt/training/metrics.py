@@ -63,11 +63,11 @@ class JsonLines:
         self._file.close()
 
 
-def _without_nan(record: Record) -> Record:
+def _without_nan(value: Any) -> Any:
     """JSON has no NaN and no infinity: null."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
-    }
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(path: Path) -> Iterator[Record]:

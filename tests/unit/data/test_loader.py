@@ -10,9 +10,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megagpt.config import BatchSizes
 from megagpt.config.schema import DataSource
 from megagpt.data.indexed import IndexedDataset
-from megagpt.data.loader import Batch, BatchLoader, TrainingData, ValidationData
+from megagpt.data.loader import Batch, BatchLoader, TrainingData, ValidationData, step_windows
 from megagpt.data.samples import IGNORE_INDEX, TokenSamples
 from megagpt.errors import UsageError, UserError
 from tests.unit.data.reference import read_documents, write_dataset, write_stream, writes_files
@@ -35,17 +36,11 @@ def load(data, *, world_size=1, micro_batch_size=2, start=0, stop=48, global_bat
     """All steps of all ranks: [rank][step][micro-batch]."""
     ranks = []
     for rank in range(world_size):
-        with BatchLoader(
-            data,
-            global_batch_size=global_batch_size,
-            micro_batch_size=micro_batch_size,
-            rank=rank,
-            world_size=world_size,
-            start_sample=start,
-            stop_sample=stop,
-        ) as loader:
-            ranks.append(list(loader))
-            assert loader.consumed == start + (stop - start) // global_batch_size * global_batch_size
+        windows = step_windows(BatchSizes(global_batch_size), start, (stop - start) // global_batch_size)
+        with BatchLoader(data, windows, micro_batch_size=micro_batch_size, rank=rank, world_size=world_size) as loader:
+            steps = list(loader)
+            assert [step.window.start for step in steps] == list(range(start, stop, global_batch_size))
+            ranks.append([step.micro_batches for step in steps])
     return ranks
 
 
@@ -145,9 +140,12 @@ def test_a_global_batch_that_does_not_divide_is_a_usage_error(data: TrainingData
     )
 
 
-def test_no_window_reaches_beyond_the_last_sample(data: TrainingData) -> None:
-    assert [len(rank) for rank in load(data, stop=47)] == [3]
-    assert [len(rank) for rank in load(data, start=48, stop=48)] == [0]
+def test_windows_of_a_ramp_up_follow_each_other_and_leave_out_what_is_skipped() -> None:
+    batches = BatchSizes(final=4, start=2, increment=1, samples=10)
+    assert list(step_windows(batches, 0, 5)) == [(0, 2), (2, 2), (4, 2), (6, 3), (9, 3)]
+    assert list(step_windows(batches, 9, 2)) == [(9, 3), (12, 4)]
+    assert list(step_windows(batches, 0, 4, [(2, 4), (7, 9), (4, 6)])) == [(0, 2), (6, 3), (9, 3), (12, 4)]
+    assert list(step_windows(batches, 0, 0)) == []
 
 
 class Recorder:
@@ -167,18 +165,16 @@ class Recorder:
 
 
 def open_loader(data: Recorder, prefetch: int = 2) -> BatchLoader:
-    return BatchLoader(
-        data, global_batch_size=4, micro_batch_size=2, rank=1, world_size=2, start_sample=0, prefetch=prefetch
-    )
+    windows = step_windows(BatchSizes(4), 0, 1000)
+    return BatchLoader(data, windows, micro_batch_size=2, rank=1, world_size=2, prefetch=prefetch)
 
 
 def test_an_error_of_the_reading_thread_surfaces_at_its_own_step_and_stays() -> None:
     with open_loader(Recorder(bad=11)) as loader:
-        assert [int(next(loader)[0].input_ids[0, 0]) for _ in range(2)] == [2, 6]
+        assert [int(next(loader).micro_batches[0].input_ids[0, 0]) for _ in range(2)] == [2, 6]
         for _ in range(2):
             with pytest.raises(UserError, match="disk gone at 10"):
                 next(loader)
-        assert loader.consumed == 8
 
 
 def test_exactly_prefetch_steps_are_read_ahead() -> None:
@@ -190,7 +186,6 @@ def test_exactly_prefetch_steps_are_read_ahead() -> None:
             time.sleep(0.001)
         time.sleep(0.05)
         assert recorder.asked == [2, 6, 10, 14]
-        assert loader.consumed == 4
 
 
 def test_close_waits_for_the_read_under_way_only_and_ends_the_thread() -> None:
@@ -258,8 +253,8 @@ def test_a_batch_moves_as_a_whole(data: TrainingData) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="pinned memory needs an NVIDIA GPU")
 def test_micro_batches_are_pinned_for_the_gpu_in_use(data: TrainingData) -> None:
-    sizes = {"global_batch_size": 4, "micro_batch_size": 2, "rank": 0, "world_size": 1, "start_sample": 0}
-    with BatchLoader(data, **sizes, pin_memory=True) as loader:
-        for batch in next(loader):
+    windows = step_windows(BatchSizes(4), 0, 3)
+    with BatchLoader(data, windows, micro_batch_size=2, rank=0, world_size=1, pin_memory=True) as loader:
+        for batch in next(loader).micro_batches:
             assert all(tensor.is_pinned() for tensor in (batch.input_ids, batch.targets, batch.document_ids))
             assert torch.equal(batch.to("cuda", non_blocking=True).targets.cpu(), batch.targets)
