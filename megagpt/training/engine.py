@@ -34,10 +34,10 @@ from megagpt.data.samples import IGNORE_INDEX
 from megagpt.errors import UsageError, UserError
 from megagpt.model.attention import missing_for_flex_attention
 from megagpt.model.gpt import GPT, compile_attention, compile_blocks, compile_loss
-from megagpt.model.init import initialize_weights, parameter_kind
+from megagpt.model.init import initialize_weights, parameter_kind, stacked_heights
 from megagpt.training.checkpoint import SHARDS
 from megagpt.training.host_syncs import decided_on_device
-from megagpt.training.optimizer import build_optimizer, parameter_groups
+from megagpt.training.optimizer import apply_settings, build_optimizer, parameter_groups
 from megagpt.training.snapshot import CollectingEngine
 
 logger = logging.getLogger(__name__)
@@ -160,6 +160,9 @@ def deepspeed_options(
     for key, owner in _OWNED_OPTIONS.items():
         if _has(config.deepspeed, key.split(".")):
             raise UsageError(f"section deepspeed: {key} is set by {owner}; change that instead")
+    for key in ("round_robin_gradients", "offload_optimizer"):
+        if config.optimizer.name == "muon" and _has(config.deepspeed, ["zero_optimization", key]):
+            raise UsageError(f"section deepspeed: zero_optimization.{key} does not work with optimizer.name muon")
     options: dict[str, Any] = {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -201,8 +204,9 @@ class Engine:
         try:
             with deepspeed_output_to_log():
                 model = self._build_model()
-                groups = parameter_groups(model, config.optimizer, parameter_kind)
-                optimizer = build_optimizer(groups, config.optimizer)
+                heights = partial(stacked_heights, config=config.model)
+                groups = parameter_groups(model, config.optimizer, parameter_kind, heights)
+                optimizer = build_optimizer(groups, config.optimizer, config.train.precision)
                 self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.options)
                 self._files = CollectingEngine(self._engine.checkpoint_engine)
                 self._engine.checkpoint_engine = self._files
@@ -326,10 +330,7 @@ class Engine:
         if self._engine.torch_autocast_z0_gradscaler:
             self._engine.torch_autocast_z0_gradscaler.load_state_dict(state["loss_scaler"])
         # The checkpoint brings the optimizer's settings with it; what the configuration says now counts.
-        optimizer = self.config.optimizer
-        for group in self._engine.optimizer.param_groups:
-            group["betas"], group["eps"] = optimizer.betas, optimizer.eps
-            group["weight_decay"] = optimizer.weight_decay if group["decayed"] else 0.0
+        apply_settings(self._engine.optimizer.param_groups, self.config.optimizer)
 
     def close(self) -> None:
         """Free DeepSpeed's hooks and buffers, so that another engine can live in this process."""

@@ -35,6 +35,7 @@ _COMPARED: dict[str, str | None] = {
     "data_fingerprint": "data",
     "precision": "precision",
     "zero_stage": None,
+    "optimizer": None,
     "no_decay": None,
     "world_size": None,
 }
