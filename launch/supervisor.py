@@ -41,11 +41,10 @@ class ProcessSupervisor(Supervisor):
         """The number of the signal that asked this process to stop; 0: none did."""
         return self._signals.requested
 
-    def beat(self, phase: str) -> None:
-        """There is progress."""
-        logger.debug("%s", phase)
+    def beat(self, phase: str, patient: bool = False) -> None:
+        """There is progress; a patient phase may take as long as it needs."""
         if self._watchdog:
-            self._watchdog.beat(phase)
+            self._watchdog.beat(phase, patient)
 
     def explain(self) -> Loss | None:
         """The rank whose loss made a collective fail just now, as far as it becomes known soon."""

@@ -25,15 +25,15 @@ class Watchdog:
     def __init__(self, timeout: float, file: Path, on_hang: Callable[[str], object]) -> None:
         """timeout: seconds. file: for stacks and state. on_hang: called in the thread, once, after writing them."""
         self._timeout, self._file, self._on_hang = timeout, file, on_hang
-        self._phase, self._since = "start", time.monotonic()
+        self._phase, self._since, self._patient = "start", time.monotonic(), False
         self._stop = threading.Event()
         self._output = file.with_suffix(".stacks").open("w", encoding="utf-8")
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def beat(self, phase: str) -> None:
-        """There is progress: `phase` begins."""
-        self._phase, self._since = phase, time.monotonic()
+    def beat(self, phase: str, patient: bool = False) -> None:
+        """There is progress: `phase` begins; a patient one has no limit."""
+        self._phase, self._since, self._patient = phase, time.monotonic(), patient
 
     def close(self) -> None:
         """Watch no more."""
@@ -62,7 +62,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self._stop.wait(min(_CHECK_SECONDS, self._timeout / 4)):
-            waited = time.monotonic() - self._since
+            waited = 0.0 if self._patient else time.monotonic() - self._since
             # Armed anew each time, so that it fires only if this thread cannot run.
             faulthandler.dump_traceback_later(
                 max(self._timeout - waited, 0) + _GRACE_SECONDS, file=self._output, exit=True

@@ -13,9 +13,9 @@ import torch.distributed as dist
 from megagpt.data.loader import ValidationData
 from megagpt.errors import UserError
 from megagpt.training.checkpoint import CheckpointManifest
-from megagpt.training.engine import StepNumbers
 from megagpt.training.recording import Metrics
 from megagpt.training.saving import CheckpointWriter
+from megagpt.training.step import EvaluationResult, StepNumbers
 from megagpt.training.trainer import Callback, Progress, StepInfo, Trainer
 
 
@@ -49,7 +49,7 @@ class Evaluation(Callback):
             trainer.progress.evaluation_due = found is None
             if found is None:
                 return
-            self._metrics.write(_validation_record(trainer.step, name, *found, seconds))
+            self._metrics.write(_validation_record(trainer.step, name, found, seconds))
         started = time.perf_counter()
         self._write_samples(trainer)
         self._metrics.exclude("evaluation", time.perf_counter() - started)
@@ -60,14 +60,15 @@ class Evaluation(Callback):
         return trainer.check_stop()
 
 
-def _validation_record(step: int, name: str, loss: float, targets: int, seconds: float) -> dict[str, object]:
+def _validation_record(step: int, name: str, found: EvaluationResult, seconds: float) -> dict[str, object]:
     return {
         "kind": "validation",
         "step": step,
         "dataset": name,
-        "loss": loss,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "targets": targets,
+        "loss": found.loss,
+        "perplexity": math.exp(min(found.loss, 700.0)),
+        "bits_per_byte": found.loss * found.targets / math.log(2) / found.bytes if found.bytes else None,
+        "targets": found.targets,
         "seconds": seconds,
     }
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from pydantic import BaseModel, ConfigDict
 
+from megagpt.data.history import BlendHistory
 from megagpt.data.manifest import FileChecksum
 from megagpt.errors import UserError
 from megagpt.training.schedule import Schedule
@@ -71,7 +72,8 @@ class CheckpointManifest(BaseModel):
     """When the run was first started, seconds since 1970."""
     productive_seconds: float = 0.0
     """Time that the steps took which led here."""
-    data_fingerprint: str
+    data: BlendHistory
+    """What was read of each dataset, blend by blend."""
     model: dict[str, Any]
     versions: dict[str, str] = {}
     files: dict[str, FileChecksum] = {}

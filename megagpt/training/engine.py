@@ -6,7 +6,8 @@ What this module guarantees on top of DeepSpeed, at every ZeRO stage:
   cut it;
 - gradients are accumulated and reduced in fp32, master weights are fp32 (stages 1-3: DeepSpeed's; stage 0 keeps fp32
   weights and computes under autocast, since DeepSpeed has no fp32 accumulation for 16-bit weights without ZeRO);
-- initial weights depend on the seed and a parameter's name alone, so all stages and world sizes start the same;
+- random initial weights depend on the seed and a parameter's name alone, so all stages and world sizes start the same
+  (with 16-bit weights DeepSpeed rounds them before it makes the master weights; given ones arrive unrounded);
 - a step with a non-finite loss or gradient changes nothing and says so; in bf16 and fp32 the host never waits for the
   device to learn it.
 """
@@ -15,12 +16,11 @@ import io
 import logging
 import shutil
 import sysconfig
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import deepspeed
 import torch
@@ -37,8 +37,12 @@ from megagpt.model.gpt import GPT, compile_attention, compile_blocks, compile_lo
 from megagpt.model.init import initialize_weights, parameter_kind, stacked_heights
 from megagpt.training.checkpoint import SHARDS
 from megagpt.training.host_syncs import decided_on_device
+from megagpt.training.initial_weights import InitialWeights, copy_master_weights, copy_weights
 from megagpt.training.optimizer import apply_settings, build_optimizer, parameter_groups
+from megagpt.training.shards import PARAMETER_NAMES
 from megagpt.training.snapshot import CollectingEngine
+from megagpt.training.step import EvaluationResult, StepClock, StepResult
+from megagpt.training.universal_loading import load_universal
 
 logger = logging.getLogger(__name__)
 
@@ -57,90 +61,6 @@ _OWNED_OPTIONS = {
     "torch_autocast": "train.precision",
     "data_types": "train.precision: gradients are always accumulated in fp32",
 }
-
-
-class StepNumbers(NamedTuple):
-    """What one optimizer step was."""
-
-    loss: float
-    """Mean over the targets of the global batch."""
-    grad_norm: float
-    """Global L2 norm of the gradient before clipping; inf where it is not finite."""
-    skipped: bool
-    """Whether loss or gradient were not finite, and the step changed nothing."""
-    own_seconds: float
-    """This rank's forward passes, which below ZeRO stage 3 wait for no other rank."""
-    forward_backward_seconds: float
-    """Forward and backward passes, gradient reduction included."""
-    optimizer_seconds: float
-    """Clipping, update, and gathering of the new weights."""
-
-
-class StepResult:
-    """A step's numbers on their way from the device: `read` waits for them, and for nothing queued later."""
-
-    def __init__(self, numbers: torch.Tensor, clock: "StepClock") -> None:
-        """numbers: loss, gradient norm and whether skipped, (3,) fp32 on the device."""
-        self._clock, self._ready = clock, None
-        if numbers.device.type == "cuda":
-            self._numbers = torch.empty(3, pin_memory=True).copy_(numbers, non_blocking=True)
-            self._ready = torch.cuda.Event()
-            self._ready.record()
-        else:
-            self._numbers = numbers
-
-    def read(self) -> StepNumbers:
-        """The numbers on the host."""
-        if self._ready:
-            self._ready.synchronize()
-        loss, grad_norm, skipped = self._numbers.tolist()
-        return StepNumbers(loss, grad_norm, bool(skipped), **self._clock.seconds())
-
-
-class StepClock:
-    """Times the parts of a step on the device, without waiting for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._forwards: list[tuple[Any, Any]] = []
-        self._begin = self._now()
-        self._backward_end = self._end = self._begin
-
-    def forward(self, run: Callable[[], torch.Tensor]) -> torch.Tensor:
-        """Time one forward pass."""
-        begin = self._now()
-        result = run()
-        self._forwards.append((begin, self._now()))
-        return result
-
-    def end_backward(self) -> None:
-        """All backward passes are queued."""
-        self._backward_end = self._now()
-
-    def end(self) -> None:
-        """The whole step is queued."""
-        self._end = self._now()
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds by the names of StepNumbers' fields; the step must be done."""
-        return {
-            "own_seconds": sum(self._between(begin, end) for begin, end in self._forwards),
-            "forward_backward_seconds": self._between(self._begin, self._backward_end),
-            "optimizer_seconds": self._between(self._backward_end, self._end),
-        }
-
-    def _now(self) -> Any:
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _between(self, begin: Any, end: Any) -> float:
-        if not self._on_gpu:
-            return end - begin
-        end.synchronize()
-        return begin.elapsed_time(end) / 1000
 
 
 def deepspeed_options(
@@ -195,7 +115,9 @@ class Engine:
         micro_batch_size: int,
         gradient_accumulation_steps: int,
         device: torch.device,
+        initial_weights: InitialWeights | None = None,
     ) -> None:
+        """initial_weights: what a new run starts from; None: random weights."""
         self.config = config
         self.device = device
         self.micro_batch_size = micro_batch_size
@@ -203,14 +125,17 @@ class Engine:
         self.zero_stage = int(self.options["zero_optimization"]["stage"])
         try:
             with deepspeed_output_to_log():
-                model = self._build_model()
+                model = self._build_model(initial_weights)
                 heights = partial(stacked_heights, config=config.model)
                 groups = parameter_groups(model, config.optimizer, parameter_kind, heights)
+                self._parameter_names = _names_by_group(model, groups)
                 optimizer = build_optimizer(groups, config.optimizer, config.train.precision)
                 self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.options)
                 self._files = CollectingEngine(self._engine.checkpoint_engine)
                 self._engine.checkpoint_engine = self._files
                 self._engine._copy_recovery_script = lambda save_path: None  # see megagpt.training.saving
+                if initial_weights and self.zero_stage > 0 and config.train.precision != "fp32":
+                    copy_master_weights(self._engine.module, initial_weights)
         except (AssertionError, TypeError, ValueError) as error:
             if not config.deepspeed:
                 raise  # our own options are wrong: a bug
@@ -292,22 +217,24 @@ class Engine:
     @torch.no_grad()
     def evaluate(
         self, batches: Iterable[Batch], interrupted: Callable[[], bool] = lambda: False
-    ) -> tuple[float, int] | None:
-        """Mean loss over all targets of all ranks' batches, and their number. Every rank must bring as many batches.
+    ) -> EvaluationResult | None:
+        """Mean loss over all targets of all ranks' batches. Every rank must bring as many batches as the others.
 
         None if `interrupted`, which is asked on every rank before each batch and must answer the same on all, said so.
         """
         self._engine.eval()
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
         for batch in batches:
             if interrupted():
                 return None
             moved = self._to_device(batch)
             totals[0] += self._engine(moved.input_ids, moved.targets, moved.document_ids)
             totals[1] += (moved.targets != IGNORE_INDEX).sum()
+            if moved.target_bytes is not None:
+                totals[2] += moved.target_bytes.sum()
         dist.all_reduce(totals)
-        loss_sum, count = totals.tolist()
-        return loss_sum / max(count, 1), int(count)
+        loss_sum, count, size = totals.tolist()
+        return EvaluationResult(loss_sum / max(count, 1), int(count), int(size) or None)
 
     def save(self, folder: Path, snapshot: bool) -> dict[Path, Any]:
         """Contents of this rank's files of weights and optimizer state, to be written below `folder`.
@@ -315,9 +242,10 @@ class Engine:
         All ranks call it; nothing is written. snapshot: copies in host memory, instead of what the next step changes.
         """
         self._files.snapshot, self._files.contents = snapshot, {}
+        state: dict[str, Any] = {PARAMETER_NAMES: self._parameter_names}
         # DeepSpeed saves its loss scalers, but not the one it uses at stage 0.
-        scaler = self._engine.torch_autocast_z0_gradscaler
-        state = {"loss_scaler": scaler.state_dict()} if scaler else {}
+        if scaler := self._engine.torch_autocast_z0_gradscaler:
+            state["loss_scaler"] = scaler.state_dict()
         self._engine.save_checkpoint(str(folder), tag=SHARDS, client_state=state, save_latest=False)
         contents, self._files.contents = self._files.contents, {}
         return contents
@@ -332,21 +260,26 @@ class Engine:
         # The checkpoint brings the optimizer's settings with it; what the configuration says now counts.
         apply_settings(self._engine.optimizer.param_groups, self.config.optimizer)
 
+    def load_universal(self, form: Path) -> None:
+        """Read the universal form of a checkpoint that any world size, ZeRO stage and precision wrote; all ranks."""
+        with deepspeed_output_to_log():
+            load_universal(self._engine, form)
+
     def close(self) -> None:
         """Free DeepSpeed's hooks and buffers, so that another engine can live in this process."""
         self._engine.destroy()
 
-    def _build_model(self) -> GPT:
+    def _build_model(self, weights: InitialWeights | None) -> GPT:
         seed, checkpointing = self.config.train.seed, self.config.train.activation_checkpointing
         if self.zero_stage < 3:
             model = GPT(self.config.model, activation_checkpointing=checkpointing)
-            initialize_weights(model, seed)
+            copy_weights(model, weights) if weights else initialize_weights(model, seed)
             return model.to(self.device)
         # Each layer is sharded as it is made: no rank ever holds the whole model. The dtype comes from the options; a
         # dtype argument would be ignored on a CPU, where DeepSpeed 0.19 takes bf16 instead.
         with deepspeed.zero.Init(config_dict_or_path=self.options):
             model = GPT(self.config.model, activation_checkpointing=checkpointing)
-        initialize_weights(model, seed, gather=_gathered)
+        copy_weights(model, weights, _gathered) if weights else initialize_weights(model, seed, _gathered)
         return model
 
     def _clip_unsharded_gradients(self) -> None:
@@ -401,6 +334,12 @@ def deepspeed_output_to_log() -> Iterator[None]:
 def _gathered(parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
     """Whole parameters inside the block; what rank 0 wrote there becomes every rank's shard."""
     return deepspeed.zero.GatheredParameters(parameters, modifier_rank=0)
+
+
+def _names_by_group(model: nn.Module, groups: Iterable[dict[str, Any]]) -> list[list[str]]:
+    """The names of the parameters in each optimizer group: at ZeRO stage 0 DeepSpeed saves them nowhere."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return [[names[parameter] for parameter in group["params"]] for group in groups]
 
 
 def _has(tree: Any, path: list[str]) -> bool:

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 from megagpt.data.loader import Window
 from megagpt.errors import AgreedError
-from megagpt.training.engine import StepNumbers
 from megagpt.training.recording import Metrics
+from megagpt.training.step import StepNumbers
 from megagpt.training.trainer import Callback, Progress, StepInfo, Trainer
 
 _LEAST_SPREAD = 1e-4  # of the median: losses that hardly differ make no spike of a small difference

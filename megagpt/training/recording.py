@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from megagpt.model.counts import flops_per_token
-from megagpt.training.engine import StepNumbers
 from megagpt.training.metrics import Record, Sink
+from megagpt.training.step import StepNumbers
 from megagpt.training.trainer import Callback, StepInfo, Trainer
 
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch.distributed as dist
 
 from megagpt.config.schema import RunConfig
+from megagpt.data.history import BlendHistory, continue_history
 from megagpt.errors import AgreedError, UsageError
 from megagpt.training.checkpoint import (
     CheckpointManifest,
@@ -27,21 +28,17 @@ logger = logging.getLogger(__name__)
 
 # What must be as it was: the manifest's key, and what checkpoint.allow_changes calls it (None: never).
 _COMPARED: dict[str, str | None] = {
-    "seq_len": "seq_len",
     "document_mask": "document_mask",
     "seed": None,
     "global_batch_size": "batch_size",
     "rampup": "batch_size",
-    "data_fingerprint": "data",
     "precision": "precision",
-    "zero_stage": None,
     "optimizer": None,
     "no_decay": None,
-    "world_size": None,
 }
+_AS_IT_WAS = "set it as it was, or start a new run in another train.run_dir"
 _ADVICE = {
-    "data_fingerprint": "the datasets or their weights changed; give data.train as it was",
-    "world_size": "start as many ranks as the checkpoint was written by",
+    "data": "give data.train as it was",
 }
 
 
@@ -50,6 +47,8 @@ class Resumption(NamedTuple):
 
     checkpoint: Path
     manifest: CheckpointManifest
+    history: BlendHistory
+    """How the run goes on reading its datasets."""
     changes: list[str]
     """What differs from the run that wrote it, as checkpoint.allow_changes permits."""
 
@@ -74,7 +73,14 @@ def find_resumption(config: RunConfig, expected: CheckpointManifest) -> Resumpti
 
 def _fitting(checkpoint: Path, expected: CheckpointManifest, allowed: Collection[str]) -> Resumption:
     manifest = read_manifest(checkpoint)
-    return Resumption(checkpoint, manifest, compare(checkpoint, manifest, expected, allowed))
+    changes = compare(checkpoint, manifest, expected, allowed)
+    history, differences = continue_history(manifest.data, manifest.consumed_samples, expected.data)
+    if refused := next((found for found in differences if found.kind not in allowed), None):
+        permission = _permission(None if refused.kind == "seed" else refused.kind)
+        raise UsageError(
+            f"cannot resume from {checkpoint}: {refused.text}; {_ADVICE.get(refused.kind, _AS_IT_WAS)}{permission}"
+        )
+    return Resumption(checkpoint, manifest, history, changes + [difference.text for difference in differences])
 
 
 def choose_checkpoint(config: RunConfig, damaged: Collection[Path] = ()) -> Path | None:
@@ -128,8 +134,9 @@ def compare(
             continue
         change = f"{key} was {then} and is now {now}"
         if name not in allowed:
-            advice = _ADVICE.get(key, "set it as it was, or start a new run in another train.run_dir")
-            raise UsageError(f"cannot resume from {checkpoint}: {change}; {advice}{_permission(name)}")
+            raise UsageError(
+                f"cannot resume from {checkpoint}: {change}; {_ADVICE.get(key, _AS_IT_WAS)}{_permission(name)}"
+            )
         changes.append(change)
     done = found.step if expected.schedule.unit == "steps" else found.consumed_samples * expected.seq_len
     if difference := expected.schedule.difference(found.schedule, done):

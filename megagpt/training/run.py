@@ -1,5 +1,6 @@
 """One training run from its configuration: check, build, resume, fit."""
 
+import logging
 import platform
 import time
 from collections.abc import Callable
@@ -17,12 +18,8 @@ import megagpt
 from megagpt.config import check_batches
 from megagpt.config.schema import RunConfig
 from megagpt.data.loader import BatchLoader, TrainingData, ValidationData, step_windows
-from megagpt.data.manifest import Manifest, common_tokenizer
-from megagpt.errors import UsageError
-from megagpt.inference.generate import encode_prompt, tokens_left
 from megagpt.model.counts import flops_per_token, parameter_count
 from megagpt.scaling.devices import peak_flops
-from megagpt.tokenizer import Tokenizer
 from megagpt.training import run_folder
 from megagpt.training.callbacks import Checkpointing, Evaluation, Profiling
 from megagpt.training.checkpoint import CheckpointManifest, newest_checkpoint
@@ -30,15 +27,19 @@ from megagpt.training.collective import on_rank_0, together
 from megagpt.training.control import HostGroup
 from megagpt.training.engine import Engine
 from megagpt.training.faults import LossSpikes, NonFiniteSteps, RollBackError
+from megagpt.training.initial_weights import open_initial_weights
 from megagpt.training.metrics import JsonLines, Record, Sink
+from megagpt.training.opening import open_data, sample_writer
 from megagpt.training.recording import Metrics
 from megagpt.training.resume import Resumption, find_resumption
-from megagpt.training.samples import continuations
 from megagpt.training.saving import restore_random_states
 from megagpt.training.schedule import Schedule
 from megagpt.training.sinks import ConsoleSink, TensorBoardSink, WandbSink
 from megagpt.training.supervision import Supervisor
 from megagpt.training.trainer import Callback, Progress, Trainer
+from megagpt.training.universal_loading import convert_together, needs_conversion
+
+logger = logging.getLogger(__name__)
 
 Outcome = Literal["finished", "stopped"]
 
@@ -55,33 +56,41 @@ def train(config: RunConfig, device: torch.device, console: Console, supervisor:
     micro_batch_size, accumulation_steps = together(
         lambda: check_batches(config.train.batches, config.train.micro_batch_size, world_size)
     )
-    data, validation = together(lambda: _open_data(config, micro_batch_size, rank, world_size))
+    data, validation = together(lambda: open_data(config, micro_batch_size, rank, world_size))
     with ExitStack() as stack:
         lock = run_folder.locked(Path(config.train.run_dir)) if rank == 0 else nullcontext()
         together(lambda: stack.enter_context(lock))
-        supervisor.beat("looking for a checkpoint")
+        supervisor.beat("verifying the newest checkpoint", patient=True)
         template = _describe(config, data, world_size)
         resumption = find_resumption(config, template)
         progress = _progress(resumption)
+        if resumption:
+            data.follow(resumption.history)
+            template = template.model_copy(update={"data": data.history})
         if progress.step >= config.total_steps and not progress.evaluation_due:
             if rank == 0:
                 done = f"{config.train.run_dir}: all {config.total_steps} steps are done"
                 console.print(f"{done}; raise train.steps to go on")
             return "finished"
-        write_samples = together(lambda: _sample_writer(config, data))
+        weights = None
+        if not resumption and (source := config.train.init_from):
+            weights = together(
+                lambda: open_initial_weights(Path(source), config.model, data.tokenizer, rank, world_size)
+            )
+        write_samples = together(lambda: sample_writer(config))
         on_rank_0(lambda: run_folder.prepare(config, data, progress.step))
         if rank == 0:
             _print_plan(console, config, data, device, micro_batch_size, accumulation_steps, resumption)
         supervisor.beat("building the model")
-        engine = together(lambda: Engine(config, micro_batch_size, accumulation_steps, device))
+        engine = together(lambda: Engine(config, micro_batch_size, accumulation_steps, device, weights))
+        weights = None  # frees those of a checkpoint, which are whole in memory
         if rank == 0 and config.deepspeed:
             console.print(f"DeepSpeed options: {engine.options}")
         hosts = HostGroup()
         stack.callback(hosts.close)
-        if resumption:
-            supervisor.beat("loading the checkpoint")
-            _load(engine, resumption, rank, world_size)
         run = _Run(config, engine, data, validation, write_samples, template, hosts, supervisor, console)
+        if resumption:
+            run.load(resumption)
         first = run.first_records(progress.step, resumption)
         while True:
             try:
@@ -129,13 +138,24 @@ class _Run:
         changes = resumption.changes if resumption else []
         return [start, *({"kind": "event", "step": step, "event": "changed", "message": text} for text in changes)]
 
+    def load(self, resumption: Resumption) -> None:
+        """Give the engine the weights and optimizer state of a checkpoint, of whatever ranks and ZeRO stage it is."""
+        checkpoint, manifest = resumption.checkpoint, resumption.manifest
+        if needs_conversion(manifest, self.config, self.world_size):
+            self.supervisor.beat("converting the checkpoint", patient=True)
+            self.engine.load_universal(convert_together(checkpoint, self.checkpoints, self.console))
+            return
+        self.supervisor.beat("loading the checkpoint", patient=True)
+        self.engine.load(checkpoint)
+        restore_random_states(checkpoint, self.rank)
+
     def fit(self, progress: Progress, first: list[Record]) -> Outcome:
         """Hang the callbacks on the loop and run the steps after `progress`."""
         config, device = self.config, self.engine.device
         sinks = together(lambda: self._open_sinks(progress.step) if self.rank == 0 else [])
         on_gpu = device.type == "cuda"
         peak = peak_flops(torch.cuda.get_device_name(device), config.train.precision) if on_gpu else None
-        metrics = Metrics(sinks, peak, self._epochs, first)
+        metrics = Metrics(sinks, peak, self.data.epochs, first)
         evaluation = Evaluation(self.validation, metrics, lambda trainer: self.write_samples(trainer, metrics))
         checkpointing = Checkpointing(self.checkpoints, self.template, metrics, resaves=progress.evaluation_due)
 
@@ -168,10 +188,10 @@ class _Run:
 
     def roll_back(self, progress: Progress, error: RollBackError) -> tuple[Progress, list[Record]]:
         """Load the newest checkpoint; the progress from there, without the window that made the loss jump."""
-        self.supervisor.beat("going back to a checkpoint")
+        self.supervisor.beat("going back to a checkpoint", patient=True)
         resumption = find_resumption(self.config, self.template)
         assert resumption is not None, "has_checkpoint said that there is one"
-        _load(self.engine, resumption, self.rank, self.world_size)
+        self.load(resumption)
         back = _progress(resumption)
         window = error.window
         back = replace(
@@ -185,10 +205,6 @@ class _Run:
         record = {"kind": "event", "step": back.step, "event": "rollback", "message": message, "samples": samples}
         return back, [record]
 
-    def _epochs(self, consumed: int) -> dict[str, float]:
-        names = _distinct_names([source.path for source in self.config.data.train])
-        return dict(zip(names, self.data.epochs(consumed), strict=True))
-
     def _open_sinks(self, first_step: int) -> list[Sink]:
         logging, run_dir = self.config.logging, self.run_dir
         sinks: list[Sink] = [JsonLines(run_dir / "metrics.jsonl")]
@@ -200,80 +216,12 @@ class _Run:
         return [*sinks, ConsoleSink(self.config.total_steps, first_step, self.console)]
 
 
-def _load(engine: Engine, resumption: Resumption, rank: int, world_size: int) -> None:
-    engine.load(resumption.checkpoint)
-    if resumption.manifest.world_size == world_size:
-        restore_random_states(resumption.checkpoint, rank)
-
-
 def _progress(resumption: Resumption | None) -> Progress:
     """Where the run continues; a new one is started now, by rank 0's clock."""
     if resumption is None:
         return Progress(started=on_rank_0(time.time))
     manifest = resumption.manifest
     return Progress(**{field.name: getattr(manifest, field.name) for field in fields(Progress)})
-
-
-def _sample_writer(config: RunConfig, data: TrainingData) -> Callable[[Trainer, Metrics], None]:
-    """What continues evaluation.prompts. Raises UsageError if that cannot work."""
-    prompts, length = config.evaluation.prompts, config.evaluation.sample_tokens
-    if not prompts:
-        return lambda trainer, metrics: None
-    tokenizer = _load_tokenizer(data)
-    for prompt in prompts:
-        tokens = len(encode_prompt(tokenizer, prompt))
-        tokens_left(config.model, tokens)
-
-    def write(trainer: Trainer, metrics: Metrics) -> None:
-        texts = continuations(trainer.engine.module, tokenizer, prompts, length, config.train.seed)
-        for prompt, text in zip(prompts, texts, strict=True):
-            metrics.write({"kind": "sample", "step": trainer.step, "prompt": prompt, "text": text})
-
-    return write
-
-
-def _load_tokenizer(data: TrainingData) -> Tokenizer:
-    for dataset in data.datasets:
-        if manifest := Manifest.of(dataset):
-            return manifest.load_tokenizer(Path(dataset.prefix).parent)
-    raise UsageError("evaluation.prompts: no dataset of data.train has a manifest that names its tokenizer")
-
-
-def _open_data(
-    config: RunConfig, micro_batch_size: int, rank: int, world_size: int
-) -> tuple[TrainingData, dict[str, ValidationData]]:
-    """Training data, and validation data by name. Raises UserError for what is missing, damaged or does not fit."""
-    vocab_size = config.model.vocab_size
-    data = TrainingData(config.data.train, config.seq_len, config.train.seed, config.data.document_mask, vocab_size)
-    names = _distinct_names([source.path for source in config.data.validation])
-    validation = {
-        name: ValidationData(
-            source,
-            config.seq_len,
-            config.data.document_mask,
-            vocab_size,
-            global_batch_size=config.train.global_batch_size,
-            micro_batch_size=micro_batch_size,
-            rank=rank,
-            world_size=world_size,
-            max_batches=config.evaluation.batches,
-        )
-        for name, source in zip(names, config.data.validation, strict=True)
-    }
-    common_tokenizer([*data.datasets, *(split.dataset for split in validation.values())], vocab_size)
-    return data, validation
-
-
-def _distinct_names(prefixes: list[str]) -> list[str]:
-    """Names in metrics: the last two parts of each path (corpus/validation), more where that is not enough."""
-    parts = [Path(prefix).parts for prefix in prefixes]
-    for length in range(2, max(map(len, parts), default=0) + 1):
-        names = ["/".join(path[-length:]) for path in parts]
-        if len(set(names)) == len(names):
-            return names
-    if len(set(prefixes)) < len(prefixes):
-        raise UsageError("data.validation: names a dataset twice; give each once")
-    return prefixes
 
 
 def _describe(config: RunConfig, data: TrainingData, world_size: int) -> CheckpointManifest:
@@ -293,7 +241,7 @@ def _describe(config: RunConfig, data: TrainingData, world_size: int) -> Checkpo
         optimizer=config.optimizer.name,
         no_decay=sorted(config.optimizer.no_decay),
         schedule=Schedule.of(config),
-        data_fingerprint=data.fingerprint,
+        data=data.history,
         model=config.model.model_dump(),
         versions={
             "megagpt": megagpt.__version__,
@@ -318,9 +266,10 @@ def _print_plan(
     device_name = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU with {torch.get_num_threads()} thread(s)"
     )
-    start = f"continues from {resumption.checkpoint.name}" if resumption else "starts anew"
+    anew = f"starts from the weights of {cut.init_from}" if cut.init_from else "starts anew"
+    start = f"continues from {resumption.checkpoint.name}" if resumption else anew
     available = sum(dataset.num_tokens for dataset in data.datasets)
-    epochs = ", ".join(f"{epochs:.2f}" for epochs in data.epochs(config.batches.after_steps(steps)))
+    epochs = ", ".join(f"{epochs:.2f}" for epochs in data.epochs(config.batches.after_steps(steps)).values())
     mflops = flops_per_token(model, config.seq_len) / 1e6
     ramp = f", from {config.batches.start} sequences on" if config.batches.samples else ""
     lines = [

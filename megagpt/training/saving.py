@@ -177,6 +177,8 @@ class CheckpointWriter:
             fsync_path(self._folder)
             shutil.rmtree(doomed, ignore_errors=True)
             replace_file(self._folder / "latest", f"{final.name}\n".encode())
+            for form in (*self._folder.glob(".universal_*"), *self._folder.glob(".converting_*")):
+                shutil.rmtree(form)  # of older checkpoints, from which nobody will continue any more
             older = [path for path in complete_checkpoints(self._folder) if path != final]
             for old in older[: max(0, len(older) - self._keep + 1)]:
                 remove_checkpoint(old)

@@ -49,8 +49,9 @@ def describe(record: Record, total_steps: int) -> str:
     """The console line of a record."""
     step = f"step {record['step']:>{len(str(total_steps))}}/{total_steps}"
     if record["kind"] == "validation":
+        bits = f", {record['bits_per_byte']:.3f} bits a byte" if record["bits_per_byte"] else ""
         return (
-            f"{step}  {record['dataset']}: loss {record['loss']:.4f}, perplexity {record['perplexity']:.2f} "
+            f"{step}  {record['dataset']}: loss {record['loss']:.4f}, perplexity {record['perplexity']:.2f}{bits} "
             f"({record['targets']:,} tokens in {record['seconds']:.1f} s)"
         )
     if record["kind"] == "checkpoint":

@@ -12,5 +12,8 @@ class Supervisor:
         """The number of the signal that asked this process to stop; 0: none did."""
         return 0
 
-    def beat(self, phase: str) -> None:
-        """Training has come to `phase` ("step 12: forward and backward"): it does not hang."""
+    def beat(self, phase: str, patient: bool = False) -> None:
+        """Training has come to `phase` ("step 12: forward and backward"): it does not hang.
+
+        patient: the phase reads or writes whole checkpoints, which takes as long as the disks need.
+        """

@@ -16,8 +16,9 @@ import torch
 from megagpt.config.schema import RunConfig
 from megagpt.data.loader import BatchLoader, StepBatches, Window
 from megagpt.training.control import HostGroup
-from megagpt.training.engine import Engine, StepNumbers, StepResult
+from megagpt.training.engine import Engine
 from megagpt.training.schedule import Schedule
+from megagpt.training.step import StepNumbers, StepResult
 from megagpt.training.supervision import Supervisor
 
 

@@ -1,7 +1,7 @@
 """The launch command as real processes that a test may signal, stop and kill, started in a fraction of a second.
 
-A fork server imports torch, DeepSpeed and the command once; each rank is a fork of it that runs `python -m launch.train`
-from its first line on, with its own environment and output file.
+A fork server imports torch, DeepSpeed and the command once; each rank is a fork of it that runs
+`python -m launch.train` from its first line on, with its own environment and output file.
 """
 
 import json

@@ -7,5 +7,4 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 import tiktoken  # noqa: F401
 import torch  # noqa: F401
 
-import launch.supervisor
 import megagpt.training.run  # noqa: F401

@@ -175,3 +175,25 @@ def test_settings_changed_at_a_resume_count(one_rank, corpus, tmp_path):
         found = run(name, **changed)
         assert found[:11] == plain[:11]
         assert found[-1] != pytest.approx(plain[-1], abs=1e-3)
+
+
+@pytest.mark.parametrize(("source", "target"), [((2, 2), (1, 0)), ((1, 0), (3, 1)), ((3, 2), (2, 1))])
+def test_a_run_goes_on_at_another_world_size_and_stage(
+    source, target, one_rank, two_ranks, three_ranks, corpus, tmp_path
+):
+    worlds = {1: one_rank, 2: two_ranks, 3: three_ranks}
+    train = {"global_batch_size": 6}
+
+    def run(cut: tuple[int, int], steps: int, name: str) -> list[float]:
+        config = muon_config(
+            corpus,
+            tmp_path / name,
+            parallel={"zero_stage": cut[1]},
+            train=train | {"steps": steps},
+            schedule={"name": "constant"},
+            data={"validation": []},
+        )
+        return losses(worlds[cut[0]].run(train_and_report, config)[0])
+
+    run(source, 6, "cut")
+    assert run(target, 12, "cut") == pytest.approx(run(source, 12, "whole"), abs=1e-5)

@@ -11,6 +11,7 @@ import torch
 from megagpt.config import save_config
 from megagpt.config.schema import OptimizerConfig
 from megagpt.model import GPT, initialize_weights, parameter_kind, stacked_heights
+from megagpt.training.checkpoint import find_checkpoint, load_weights
 from megagpt.training.metrics import read_metrics
 from megagpt.training.optimizer import build_optimizer, parameter_groups
 from tests.distributed.jobs import losses, tiny_config, write_dataset
@@ -104,3 +105,16 @@ def test_a_muon_step_does_not_wait_for_the_device(found_inf, precision):
         torch.cuda.set_sync_debug_mode("default")
     for parameter, old in zip(model.parameters(), before, strict=True):
         assert torch.equal(parameter, old) == bool(found_inf)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "settings", [["parallel.zero_stage=1"], ["parallel.zero_stage=3", "parallel.offload_parameters=true"]]
+)
+def test_weights_to_start_from_arrive_in_the_master_weights_unrounded(settings, precision, config_file, tmp_path):
+    launched(config_file, f"train.run_dir={tmp_path / 'source'}")
+    still = ["optimizer.lr=1e-30", "schedule.warmup_steps=0", "train.steps=1", f"train.precision={precision}"]
+    source = f"train.init_from={tmp_path / 'source'}"
+    launched(config_file, *settings, *still, source, f"train.run_dir={tmp_path / 'run'}")
+    before, after = (load_weights(find_checkpoint(tmp_path / name)) for name in ("source", "run"))
+    assert max(float((before[name] - after[name]).abs().max()) for name in before) < 1e-29
