@@ -131,23 +131,25 @@ class DataConfig(Section):
     seq_len: int | None = Field(None, gt=0)
     """Tokens a sample; null: model.max_seq_len."""
     document_mask: bool = False
-    """Whether attention and positions stop at document boundaries."""
+    """Whether attention and positions stop at document boundaries; fastest on GPUs with train.compile."""
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Section):
-    """AdamW (Loshchilov & Hutter 2019) and gradient clipping."""
+    """AdamW (Loshchilov & Hutter 2019) or Muon (Jordan 2024), and gradient clipping."""
 
-    name: Literal["adamw"] = "adamw"
-    """The optimizer."""
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon for the blocks' matrices and AdamW for the rest (parallel.zero_stage 0 to 2, no offload)."""
     lr: float = Field(3e-4, gt=0)
     """Peak learning rate."""
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False)  # YAML has lists, no tuples
     """Decay rates of the first and second moment."""
     eps: float = Field(1e-8, gt=0)
     """Added to the root of the second moment."""
+    muon_momentum: float = Field(0.95, ge=0, lt=1)
+    """Decay rate of Muon's momentum; its updates have the size of AdamW's (Liu et al. 2025) and share its lr."""
     weight_decay: float = Field(0.1, ge=0)
     """Decoupled weight decay, multiplied by the learning rate."""
     no_decay: list[Literal["norm", "bias", "embedding"]] = ["norm", "bias"]
@@ -424,6 +426,24 @@ class RunConfig(Section):
                 f"{data.seq_len} exceeds model.max_seq_len {model.max_seq_len}; raise that or lower this",
             )
         return data
+
+    @field_validator("parallel")
+    @classmethod
+    def _check_muon(cls, parallel: ParallelConfig, info: ValidationInfo) -> ParallelConfig:
+        optimizer = info.data.get("optimizer")
+        if optimizer and optimizer.name == "muon" and parallel.zero_stage == 3:
+            raise _problem(
+                "optimizer.name",
+                "muon needs whole matrices, but parallel.zero_stage 3 gives every rank a part of each; "
+                "choose stage 0, 1 or 2, or adamw",
+            )
+        if optimizer and optimizer.name == "muon" and parallel.offload_optimizer:
+            raise _problem(
+                "optimizer.name",
+                "muon multiplies matrices, too slow on the host of parallel.offload_optimizer; "
+                "turn that off, or choose adamw",
+            )
+        return parallel
 
     @field_validator("train")
     @classmethod

@@ -58,6 +58,7 @@ class CheckpointManifest(BaseModel):
     seed: int
     seq_len: int
     document_mask: bool
+    optimizer: str = "adamw"
     no_decay: list[str]
     schedule: Schedule
     """The learning rates that the run was trained with."""

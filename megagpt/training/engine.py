@@ -32,12 +32,13 @@ from megagpt.config.schema import RunConfig
 from megagpt.data.loader import Batch
 from megagpt.data.samples import IGNORE_INDEX
 from megagpt.errors import UsageError, UserError
-from megagpt.model.gpt import GPT, compile_blocks, compile_loss
-from megagpt.model.init import initialize_weights, parameter_kind
+from megagpt.model.attention import missing_for_flex_attention
+from megagpt.model.gpt import GPT, compile_attention, compile_blocks, compile_loss
+from megagpt.model.init import initialize_weights, parameter_kind, stacked_heights
 from megagpt.training.checkpoint import SHARDS
 from megagpt.training.host_syncs import decided_on_device
 from megagpt.training.initial_weights import InitialWeights, copy_master_weights, copy_weights
-from megagpt.training.optimizer import build_optimizer, parameter_groups
+from megagpt.training.optimizer import apply_settings, build_optimizer, parameter_groups
 from megagpt.training.shards import PARAMETER_NAMES
 from megagpt.training.snapshot import CollectingEngine
 from megagpt.training.step import EvaluationResult, StepClock, StepResult
@@ -79,6 +80,9 @@ def deepspeed_options(
     for key, owner in _OWNED_OPTIONS.items():
         if _has(config.deepspeed, key.split(".")):
             raise UsageError(f"section deepspeed: {key} is set by {owner}; change that instead")
+    for key in ("round_robin_gradients", "offload_optimizer"):
+        if config.optimizer.name == "muon" and _has(config.deepspeed, ["zero_optimization", key]):
+            raise UsageError(f"section deepspeed: zero_optimization.{key} does not work with optimizer.name muon")
     options: dict[str, Any] = {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -122,9 +126,10 @@ class Engine:
         try:
             with deepspeed_output_to_log():
                 model = self._build_model(initial_weights)
-                groups = parameter_groups(model, config.optimizer, parameter_kind)
+                heights = partial(stacked_heights, config=config.model)
+                groups = parameter_groups(model, config.optimizer, parameter_kind, heights)
                 self._parameter_names = _names_by_group(model, groups)
-                optimizer = build_optimizer(groups, config.optimizer)
+                optimizer = build_optimizer(groups, config.optimizer, config.train.precision)
                 self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.options)
                 self._files = CollectingEngine(self._engine.checkpoint_engine)
                 self._engine.checkpoint_engine = self._files
@@ -145,6 +150,11 @@ class Engine:
                 logger.warning("training uncompiled, which is slower: torch.compile needs %s", missing)
             else:
                 compile_loss(self._engine.module)
+                if config.data.document_mask and device.type == "cuda":
+                    if missing := missing_for_flex_attention(config.model, device):
+                        logger.warning("masking documents by seq_len^2 masks: FlexAttention needs %s", missing)
+                    else:
+                        compile_attention(self._engine.module)
                 # At stage 3 DeepSpeed's hooks gather weights before every submodule: each would break the block's
                 # graph and, with guards of their own, compile it anew until torch gives up.
                 if self.zero_stage < 3:
@@ -248,10 +258,7 @@ class Engine:
         if self._engine.torch_autocast_z0_gradscaler:
             self._engine.torch_autocast_z0_gradscaler.load_state_dict(state["loss_scaler"])
         # The checkpoint brings the optimizer's settings with it; what the configuration says now counts.
-        optimizer = self.config.optimizer
-        for group in self._engine.optimizer.param_groups:
-            group["betas"], group["eps"] = optimizer.betas, optimizer.eps
-            group["weight_decay"] = optimizer.weight_decay if group["decayed"] else 0.0
+        apply_settings(self._engine.optimizer.param_groups, self.config.optimizer)
 
     def load_universal(self, form: Path) -> None:
         """Read the universal form of a checkpoint that any world size, ZeRO stage and precision wrote; all ranks."""

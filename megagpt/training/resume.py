@@ -33,6 +33,7 @@ _COMPARED: dict[str, str | None] = {
     "global_batch_size": "batch_size",
     "rampup": "batch_size",
     "precision": "precision",
+    "optimizer": None,
     "no_decay": None,
 }
 _AS_IT_WAS = "set it as it was, or start a new run in another train.run_dir"

@@ -238,6 +238,7 @@ def _describe(config: RunConfig, data: TrainingData, world_size: int) -> Checkpo
         seed=config.train.seed,
         seq_len=config.seq_len,
         document_mask=config.data.document_mask,
+        optimizer=config.optimizer.name,
         no_decay=sorted(config.optimizer.no_decay),
         schedule=Schedule.of(config),
         data=data.history,

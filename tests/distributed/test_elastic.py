@@ -232,7 +232,9 @@ def test_universal_form_holds_what_plain_torch_and_deepspeeds_own_tool_say(zero_
 def with_momentum(function: Any, *arguments: Any) -> Any:
     """Call `function` where the optimizer is SGD with momentum, whose only state is momentum_buffer."""
     original = engine_module.build_optimizer
-    engine_module.build_optimizer = lambda groups, config: torch.optim.SGD(groups, lr=0.1, momentum=0.9, fused=True)
+    engine_module.build_optimizer = lambda groups, config, precision: torch.optim.SGD(
+        groups, lr=0.1, momentum=0.9, fused=True
+    )
     try:
         return function(*arguments)
     finally:

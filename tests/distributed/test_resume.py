@@ -250,6 +250,7 @@ def finished_run(one_rank, corpus, tmp_path_factory) -> Path:
         ({"train": {"global_batch_size": 16}}, ["global_batch_size was 8 and is now 16"]),
         ({"data": {"document_mask": True}}, ["document_mask was False and is now True"]),
         ({"optimizer": {"no_decay": []}}, ["no_decay was"]),
+        ({"optimizer": {"name": "muon"}}, ["optimizer was adamw and is now muon"]),
         ({"data": {"seq_len": 16}}, ["seq_len: 16, was 32", "checkpoint.allow_changes=[seq_len]"]),
         ({"train": {"precision": "bf16"}}, ["precision was fp32 and is now bf16"]),
         ({"checkpoint": {"resume": "never"}}, ["already holds a run", "choose another train.run_dir"]),

@@ -55,6 +55,14 @@ def test_raw_options_that_contradict_the_configuration_are_refused(raw, owner):
         deepspeed_options(config(deepspeed=raw), 1, 1, CPU)
 
 
+@pytest.mark.parametrize("key", ["round_robin_gradients", "offload_optimizer"])
+def test_raw_options_that_muon_cannot_follow_are_refused(key):
+    raw = {"zero_optimization": {key: True}}
+    deepspeed_options(config(deepspeed=raw), 1, 1, CPU)
+    with pytest.raises(UsageError, match=f"zero_optimization.{key} does not work with optimizer.name muon"):
+        deepspeed_options(config(deepspeed=raw, optimizer={"name": "muon"}), 1, 1, CPU)
+
+
 def test_offload_goes_to_host_memory_and_needs_no_compiled_optimizer():
     run = config(parallel={"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True})
     options = deepspeed_options(run, 1, 1, CPU)
