@@ -37,9 +37,8 @@ _COMPARED: dict[str, str | None] = {
     "no_decay": None,
 }
 _AS_IT_WAS = "set it as it was, or start a new run in another train.run_dir"
-_ADVICE = {
-    "data": "give data.train as it was",
-}
+_MOST_NAMED = 8  # differences of data sets in one message
+_ADVICE = {}
 
 
 class Resumption(NamedTuple):
@@ -75,11 +74,12 @@ def _fitting(checkpoint: Path, expected: CheckpointManifest, allowed: Collection
     manifest = read_manifest(checkpoint)
     changes = compare(checkpoint, manifest, expected, allowed)
     history, differences = continue_history(manifest.data, manifest.consumed_samples, expected.data)
-    if refused := next((found for found in differences if found.kind not in allowed), None):
-        permission = _permission(None if refused.kind == "seed" else refused.kind)
-        raise UsageError(
-            f"cannot resume from {checkpoint}: {refused.text}; {_ADVICE.get(refused.kind, _AS_IT_WAS)}{permission}"
-        )
+    if refused := [found for found in differences if found.kind not in allowed]:
+        kinds = dict.fromkeys(found.kind for found in refused)
+        texts = ", ".join(found.text for found in refused[:_MOST_NAMED])
+        texts += f" and {len(refused) - _MOST_NAMED} more" if len(refused) > _MOST_NAMED else ""
+        permission = _permission(None if "seed" in kinds else ", ".join(kinds))
+        raise UsageError(f"cannot resume from {checkpoint}: {texts}; {_AS_IT_WAS}{permission}")
     return Resumption(checkpoint, manifest, history, changes + [difference.text for difference in differences])
 
 
@@ -134,9 +134,7 @@ def compare(
             continue
         change = f"{key} was {then} and is now {now}"
         if name not in allowed:
-            raise UsageError(
-                f"cannot resume from {checkpoint}: {change}; {_ADVICE.get(key, _AS_IT_WAS)}{_permission(name)}"
-            )
+            raise UsageError(f"cannot resume from {checkpoint}: {change}; {_AS_IT_WAS}{_permission(name)}")
         changes.append(change)
     done = found.step if expected.schedule.unit == "steps" else found.consumed_samples * expected.seq_len
     if difference := expected.schedule.difference(found.schedule, done):

@@ -2,15 +2,18 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
+import torch.distributed as dist
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 from megagpt.config import save_config
@@ -18,7 +21,8 @@ from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
 from megagpt.training.checkpoint import complete_checkpoints, load_weights, newest_checkpoint
 from megagpt.training.metrics import read_metrics
-from tests.distributed.jobs import losses, refusal, tiny_config, train_and_report
+from megagpt.training.saving import random_states, restore_random_states
+from tests.distributed.jobs import losses, refusal, tiny_config, train_and_report, train_in_fp16, write_dataset
 
 EXACT = ("loss", "grad_norm", "lr", "tokens")
 
@@ -83,24 +87,58 @@ def test_killed_run_resumes_bit_identical_to_an_uninterrupted_one(corpus, tmp_pa
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_resume_is_bit_identical_at_every_zero_stage(zero_stage, precision, two_ranks, corpus, tmp_path):
-    def config(run_dir: Path, steps: int):
-        return tiny_config(
+    """With dropout, accumulation and a blend; cut in warm-up and again in decay, in the middle of an epoch."""
+    write_dataset(tmp_path / "other", 3_000, seed=7)
+    loss_scale = {"fp16": {"initial_scale_power": 30, "loss_scale_window": 2}}  # falls, then rises at every other step
+
+    def run(run_dir: Path, steps: int) -> None:
+        sources = [{"path": str(corpus / "train"), "weight": 0.7}, {"path": str(tmp_path / "other"), "weight": 0.3}]
+        config = tiny_config(
             corpus,
             run_dir,
             model={"dropout": 0.1},
-            train={"steps": steps, "precision": precision, "micro_batch_size": 2},
-            schedule={"decay_steps": 25},
+            data={"train": sources},
+            train={"steps": steps, "precision": precision, "micro_batch_size": 2, "device": "auto"},
+            schedule={"warmup_steps": 3, "decay_steps": 25},
             parallel={"zero_stage": zero_stage},
-            checkpoint={"every": 7},
+            checkpoint={"every": 4},
             evaluation={"every": 5, "batches": 1},
+            deepspeed=loss_scale if precision == "fp16" and zero_stage else {},
         )
+        two_ranks.run(train_in_fp16 if precision == "fp16" else train_and_report, config)
 
-    two_ranks.run(train_and_report, config(tmp_path / "whole", 20))
-    two_ranks.run(train_and_report, config(tmp_path / "cut", 7))
-    two_ranks.run(train_and_report, config(tmp_path / "cut", 20))
+    run(tmp_path / "whole", 20)
+    run(tmp_path / "cut", 3)
+    run(tmp_path / "cut", 14)
+    run(tmp_path / "cut", 20)
     assert exact_numbers(tmp_path / "cut") == exact_numbers(tmp_path / "whole")
+    skipped = [r["skipped_steps"] for r in read_metrics(tmp_path / "whole/metrics.jsonl") if r["kind"] == "train"]
+    assert (skipped[-1] > 0) == (precision == "fp16" and zero_stage > 0)
+
+
+def draw_numbers(checkpoint: Path) -> tuple[list[float], list[float]]:
+    """Random numbers of each kind after a checkpoint's states were restored, and the states' own continuation."""
+
+    def draw() -> list[float]:
+        return [random.random(), float(np.random.rand()), float(torch.rand(()))]
+
+    random.seed(dist.get_rank())
+    np.random.seed(dist.get_rank())
+    torch.manual_seed(dist.get_rank())
+    (checkpoint / "random").mkdir(parents=True, exist_ok=True)
+    torch.save(random_states(), checkpoint / f"random/rank_{dist.get_rank():05d}.pt")
+    expected = draw()
+    draw()
+    restore_random_states(checkpoint, dist.get_rank())
+    return draw(), expected
+
+
+def test_every_ranks_random_generators_go_on_where_the_checkpoint_found_them(two_ranks, tmp_path):
+    found = two_ranks.run(draw_numbers, tmp_path)
+    assert all(drawn == expected for drawn, expected in found)
+    assert found[0] != found[1]
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -225,14 +263,33 @@ def test_only_the_newest_checkpoints_are_kept_and_latest_names_the_last(one_rank
     assert on_disk == {"manifest.json", *manifest["files"]}
 
 
-def test_finished_run_says_so_and_can_be_extended(one_rank, corpus, tmp_path):
-    constant = {"name": "constant"}
-    short = tiny_config(corpus, tmp_path / "run", schedule=constant, train={"steps": 10})
-    first = losses(one_rank.run(train_and_report, short)[0])
-    assert losses(one_rank.run(train_and_report, short)[0]) == first
-    longer = tiny_config(corpus, tmp_path / "run", schedule=constant)
-    planned = tiny_config(corpus, tmp_path / "planned", schedule=constant)
-    assert losses(one_rank.run(train_and_report, longer)[0]) == losses(one_rank.run(train_and_report, planned)[0])
+@pytest.mark.parametrize(
+    "schedule", [{"name": "constant"}, {"name": "cosine", "decay_steps": 15}, {"name": "wsd", "decay_steps": 5}]
+)
+def test_finished_run_says_so_and_is_extended_as_if_planned(schedule, one_rank, corpus, tmp_path):
+    def run(name: str, steps: int) -> list[float]:
+        config = tiny_config(
+            corpus, tmp_path / name, schedule=schedule, train={"steps": steps}, checkpoint={"every": 6}
+        )
+        return losses(one_rank.run(train_and_report, config)[0])
+
+    first = run("run", 12)
+    assert run("run", 12) == first
+    if schedule["name"] == "wsd":  # its fall has begun: go on from before it
+        shutil.rmtree(tmp_path / "run/checkpoints/step_00000012")
+    assert run("run", 20) == run("planned", 20)
+
+
+def test_an_extension_that_the_schedule_cannot_give_says_why_and_what_to_set(one_rank, corpus, tmp_path):
+    one_rank.run(train_and_report, tiny_config(corpus, tmp_path / "run", train={"steps": 12}))
+    longer = {"train": {"steps": 20}}
+    message, code = one_rank.run(refusal, tiny_config(corpus, tmp_path / "run", **longer))[0]
+    assert code == 2
+    assert "the length of the run in steps was 12 and is now 20" in message
+    assert "schedule.decay_steps=7" in message
+    assert "checkpoint.allow_changes=[schedule]" in message
+    planned = {"schedule": {"decay_steps": 7}}
+    assert one_rank.run(refusal, tiny_config(corpus, tmp_path / "run", **longer, **planned))[0] == ("trained", 0)
 
 
 @pytest.fixture(scope="module")
