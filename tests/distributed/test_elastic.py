@@ -31,7 +31,7 @@ from megagpt.training.universal_loading import convert_together, needs_conversio
 from tests.distributed.jobs import losses, refusal, tiny_config, train_and_report
 from tests.distributed.ranks import Ranks
 
-CUT, STEPS = 3, 6  # the checkpoint that is resumed, and the whole run
+CUT, STEPS = 2, 4  # the checkpoint that is resumed, and the whole run
 States = dict[str, dict[str, torch.Tensor]]  # "fp32" and the optimizer's tensors by parameter
 
 
@@ -54,7 +54,7 @@ def config_of(setup: Setup, corpus: Path, run_dir: Path, tied: bool = True, **ch
     return tiny_config(
         corpus,
         run_dir,
-        model={"hidden_size": 44, "tie_embeddings": tied},
+        model={"num_layers": 1, "hidden_size": 44, "max_seq_len": 16, "tie_embeddings": tied},
         schedule={"name": "constant", "warmup_steps": 2},
         train={
             "steps": STEPS,
@@ -64,7 +64,7 @@ def config_of(setup: Setup, corpus: Path, run_dir: Path, tied: bool = True, **ch
         },
         parallel={"zero_stage": setup.zero_stage, "offload_optimizer": setup.offload},
         checkpoint={"every": CUT, "keep": 9, "allow_changes": ["precision"]} | checkpoint,
-        evaluation={"every": CUT, "batches": 2},
+        evaluation={"every": CUT, "batches": 1},
     )
 
 
@@ -124,7 +124,7 @@ def load_and_save(config: RunConfig, checkpoint: Path) -> tuple[States, bool, fl
         micro_batch_size=size,
         rank=dist.get_rank(),
         world_size=world_size,
-        max_batches=2,
+        max_batches=1,
     )
     loss, _ = engine.evaluate(validation)
     engine.close()
