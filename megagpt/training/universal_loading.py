@@ -113,7 +113,7 @@ def _load_cut_parameters(engine: Any, form: Path) -> None:
     optimizer = engine.optimizer
     names = {parameter: name for name, parameter in engine.module.named_parameters()}
     shapes = [{names[parameter]: parameter.ds_shape for parameter in group} for group in optimizer.fp16_groups]
-    optimizer.checkpoint_event_prologue()
+    optimizer.checkpoint_event_prologue()  # as DeepSpeed does around its own loading: no weight may be gathered
     saved = optimizer.state_dict()
     lengths = [flat.numel() for flat in saved["fp32_flat_groups"]]
     flats = _flat_tensors(engine, form, layout_of_cuts(shapes, dist.get_world_size()), lengths)

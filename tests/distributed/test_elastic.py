@@ -246,6 +246,30 @@ def test_state_of_another_optimizer_than_adam_moves_as_well(two_ranks, one_rank,
         assert found == pytest.approx(expected[CUT:], abs=1e-5)
 
 
+def scale_after_moving(config: RunConfig, checkpoint: Path, folder: Path) -> float:
+    """Load an fp16 checkpoint, save it into `folder` with a loss scale of 512, move that; the scale that arrives."""
+    source = Engine(config, 12, 1, torch.device("cpu"))
+    source.load(checkpoint)
+    scaler = source._engine.torch_autocast_z0_gradscaler
+    scaler.load_state_dict(scaler.state_dict() | {"scale": 512.0})
+    saved = save_checkpoint(folder, read_manifest(checkpoint), source.save, keep=1)
+    source.close()
+    target = Engine(config, 12, 1, torch.device("cpu"))
+    target.load_universal(convert_together(saved, folder, Console(quiet=True)))
+    scale = target._engine.torch_autocast_z0_gradscaler.get_scale()
+    target.close()
+    return scale
+
+
+def test_loss_scale_of_fp16_moves_as_well(one_rank, corpus, tmp_path):
+    config = config_of(Setup(1, 0), corpus, tmp_path / "run")
+    train = config.train.model_copy(update={"precision": "fp16"})  # which the configuration refuses on a CPU
+    fp16 = config.model_copy(update={"train": train})
+    one_rank.run(train_and_report, fp16)
+    checkpoint = tmp_path / f"run/checkpoints/step_{STEPS:08d}"
+    assert one_rank.run(scale_after_moving, fp16, checkpoint, tmp_path / "saved") == [512.0]
+
+
 @pytest.fixture(scope="module")
 def finished(two_ranks, corpus, tmp_path_factory) -> Path:
     """The checkpoint of a finished run on two ranks at stage 2."""
