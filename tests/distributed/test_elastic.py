@@ -44,6 +44,8 @@ class Setup:
     precision: str = "fp32"
     micro_batch_size: int | None = None
     offload: bool = False
+    option: tuple[str, Any] | None = None
+    """One of DeepSpeed's own that changes where parameters lie."""
 
     def __str__(self) -> str:
         return f"{self.ranks}x-zero{self.zero_stage}-{self.precision}{'-offload' * self.offload}"
@@ -51,7 +53,7 @@ class Setup:
 
 def config_of(setup: Setup, corpus: Path, run_dir: Path, tied: bool = True, **checkpoint: Any) -> RunConfig:
     """No size divides well: 97 x 44 and the biases of 44 need padding on two, three and four ranks."""
-    return tiny_config(
+    config = tiny_config(
         corpus,
         run_dir,
         model={"num_layers": 1, "hidden_size": 44, "max_seq_len": 16, "tie_embeddings": tied},
@@ -66,6 +68,7 @@ def config_of(setup: Setup, corpus: Path, run_dir: Path, tied: bool = True, **ch
         checkpoint={"every": CUT, "keep": 9, "allow_changes": ["precision"]} | checkpoint,
         evaluation={"every": CUT, "batches": 1},
     )
+    return config.model_copy(update={"deepspeed": {"zero_optimization": dict([setup.option] if setup.option else [])}})
 
 
 def contents(form: Path) -> States:
@@ -145,9 +148,9 @@ def worlds(one_rank, two_ranks, three_ranks, four_ranks) -> dict[int, Ranks]:
         (Setup(2, 2, micro_batch_size=2), Setup(4, 3), True),
         (Setup(4, 3, "bf16"), Setup(3, 2, "bf16", micro_batch_size=1), False),
         (Setup(3, 0, "bf16"), Setup(2, 3, "fp32", offload=True), True),
-        (Setup(2, 3), Setup(3, 1, "bf16"), False),
+        (Setup(2, 3, option=("sub_group_size", 2000)), Setup(3, 1, "bf16"), False),
         (Setup(2, 1, "bf16", offload=True), Setup(2, 2), True),
-        (Setup(4, 2), Setup(1, 0), True),
+        (Setup(4, 2, option=("round_robin_gradients", True)), Setup(1, 0), True),
     ],
     ids=str,
 )
