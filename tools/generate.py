@@ -77,7 +77,7 @@ def generate_command(
             tokenizer=tokenizer,
             vocab_dir=vocab_dir,
         )
-    left = tokens_left(model, len(encode_prompt(found_tokenizer, text)))
+    left = tokens_left(model.config, len(encode_prompt(found_tokenizer, text)))
     if left < max_tokens:
         print(f"note: the model's context ends after {left} new tokens", file=sys.stderr)
     pieces = generate_text(

@@ -9,7 +9,7 @@ import typer
 
 from megagpt.corpus.fate import Fate, Kept, Removed, find_fates
 from megagpt.corpus.sources import one_line
-from megagpt.data.indexed import IndexedDataset, bin_path, idx_path
+from megagpt.data.indexed import IndexedDataset, bin_path, idx_path, mask_path
 from megagpt.data.manifest import Manifest
 from megagpt.data.origins import SOURCES_NAME, ids_path, largest_file, open_ids, sources
 from megagpt.errors import UsageError, UserError
@@ -134,7 +134,8 @@ def _prefixes(path: Path) -> list[Path]:
 
 
 def _print_counts(dataset: IndexedDataset) -> None:
-    size = sum(path(dataset.prefix).stat().st_size for path in (bin_path, idx_path))
+    paths = (bin_path, idx_path) if dataset.loss_mask is None else (bin_path, idx_path, mask_path)
+    size = sum(path(dataset.prefix).stat().st_size for path in paths)
     print(
         f"  {dataset.num_documents:,} documents, {len(dataset):,} sequences, {dataset.num_tokens:,} tokens "
         f"({dataset.dtype}), {size:,} bytes"
@@ -170,6 +171,8 @@ def _print_origin(manifest: Manifest) -> None:
 def _verify(dataset: IndexedDataset, manifest: Manifest | None) -> None:
     smallest, largest = dataset.verify()
     print(f"  verified: every index entry; token ids are {smallest} to {largest}")
+    if dataset.loss_mask is not None:
+        print(f"  verified: loss mask; {_learned(dataset.count_learned(), dataset.num_tokens)}")
     if (ids := open_ids(dataset.prefix, dataset.num_documents)) is not None:
         count = sum(1 for _ in sources(Path(dataset.prefix).parent))
         if (file := largest_file(ids)) >= count:
@@ -210,9 +213,16 @@ def _print_tokens(
 ) -> None:
     tokens = dataset.document(number)
     shown = tokens[:limit]
-    size = f"{len(tokens):,} tokens" + f", the first {limit}:" * (len(tokens) > limit)
+    size = f"{len(tokens):,} tokens"
+    if (mask := dataset.document_loss_mask(number)) is not None:
+        size += f", {_learned(int(np.count_nonzero(mask)), len(tokens))}"
+    size += f", the first {limit}:" * (len(tokens) > limit)
     print(f"  document {number}{origin}: {size}")
     print(tokenizer.decode(shown) if tokenizer else " ".join(map(str, shown.tolist())))
+
+
+def _learned(learned: int, tokens: int) -> str:
+    return f"{learned:,} learned, {tokens - learned:,} masked"
 
 
 def _origin(dataset: IndexedDataset, number: int) -> str:

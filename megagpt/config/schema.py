@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from megagpt.config.batch import join_choices, nearest_divisors
+from megagpt.config.batch import BatchSizes, join_choices, nearest_divisors
 
 
 class Section(BaseModel):
@@ -131,23 +131,25 @@ class DataConfig(Section):
     seq_len: int | None = Field(None, gt=0)
     """Tokens a sample; null: model.max_seq_len."""
     document_mask: bool = False
-    """Whether attention and positions stop at document boundaries."""
+    """Whether attention and positions stop at document boundaries; fastest on GPUs with train.compile."""
 
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class OptimizerConfig(Section):
-    """AdamW (Loshchilov & Hutter 2019) and gradient clipping."""
+    """AdamW (Loshchilov & Hutter 2019) or Muon (Jordan 2024), and gradient clipping."""
 
-    name: Literal["adamw"] = "adamw"
-    """The optimizer."""
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw, or muon for the blocks' matrices and AdamW for the rest (parallel.zero_stage 0 to 2, no offload)."""
     lr: float = Field(3e-4, gt=0)
     """Peak learning rate."""
     betas: tuple[Beta, Beta] = Field((0.9, 0.95), strict=False)  # YAML has lists, no tuples
     """Decay rates of the first and second moment."""
     eps: float = Field(1e-8, gt=0)
     """Added to the root of the second moment."""
+    muon_momentum: float = Field(0.95, ge=0, lt=1)
+    """Decay rate of Muon's momentum; its updates have the size of AdamW's (Liu et al. 2025) and share its lr."""
     weight_decay: float = Field(0.1, ge=0)
     """Decoupled weight decay, multiplied by the learning rate."""
     no_decay: list[Literal["norm", "bias", "embedding"]] = ["norm", "bias"]
@@ -174,6 +176,20 @@ class ScheduleConfig(Section):
     """Tokens of the fall, instead of decay_steps; null: as decay_steps, in tokens if warmup_tokens is given."""
     min_lr_ratio: float = Field(0.1, ge=0, le=1)
     """Final learning rate divided by the peak."""
+
+    @property
+    def in_tokens(self) -> bool:
+        """Whether the schedule counts tokens, not steps."""
+        return self.warmup_tokens is not None
+
+    @field_validator("decay_tokens")
+    @classmethod
+    def _check_units(cls, decay_tokens: int | None, info: ValidationInfo) -> int | None:
+        if decay_tokens and info.data.get("warmup_tokens") is None:
+            raise ValueError("counts tokens, so the warm-up must too: give schedule.warmup_tokens (0 for none)")
+        if info.data.get("warmup_tokens") is not None and info.data.get("decay_steps"):
+            raise ValueError("schedule.decay_steps and schedule.warmup_tokens do not mix; give decay_tokens")
+        return decay_tokens
 
 
 class TrainConfig(Section):
@@ -212,6 +228,18 @@ class TrainConfig(Section):
     profile: str | None = Field(None, pattern=r"^(steps )?[0-9]+(-[0-9]+)?$")
     """Steps of which torch's profiler writes a trace for Perfetto to run_dir/profile: "steps 10-12"; null: none."""
 
+    @property
+    def batches(self) -> BatchSizes:
+        """Sequences of every step."""
+        if not self.rampup_start:
+            return BatchSizes(self.global_batch_size)
+        increment = self.rampup_increment or self.rampup_start
+        return BatchSizes(self.global_batch_size, self.rampup_start, increment, self.rampup_samples or 0)
+
+    def total_steps(self, seq_len: int) -> int:
+        """Steps of the whole run, from `tokens` if they are given."""
+        return self.steps if self.tokens is None else self.batches.steps_for(-(-self.tokens // seq_len))
+
     @field_validator("micro_batch_size")
     @classmethod
     def _check_micro_batch(cls, micro_batch_size: int | None, info: ValidationInfo) -> int | None:
@@ -222,6 +250,26 @@ class TrainConfig(Section):
                 f"{micro_batch_size} does not divide train.global_batch_size {global_batch_size}; choose {choices}"
             )
         return micro_batch_size
+
+    @field_validator("rampup_increment")
+    @classmethod
+    def _check_rampup_increment(cls, increment: int | None, info: ValidationInfo) -> int | None:
+        start, final = info.data.get("rampup_start"), info.data.get("global_batch_size")
+        if increment and not start:
+            raise ValueError("is a part of the ramp-up that train.rampup_start begins; give that too")
+        if start and final and (start >= final or (final - start) % (increment or start)):
+            raise ValueError(
+                f"from rampup_start {start} in increments of {increment or start} a batch does not grow to "
+                f"global_batch_size {final}; choose numbers that do"
+            )
+        return increment
+
+    @field_validator("rampup_samples")
+    @classmethod
+    def _check_rampup_samples(cls, samples: int | None, info: ValidationInfo) -> int | None:
+        if (samples is None) != (info.data.get("rampup_start") is None):
+            raise ValueError("and rampup_start belong together; give both or none")
+        return samples
 
     @field_validator("precision")
     @classmethod
@@ -353,6 +401,21 @@ class RunConfig(Section):
         """Tokens a sample, with the default resolved."""
         return self.data.seq_len or self.model.max_seq_len
 
+    @property
+    def batches(self) -> BatchSizes:
+        """Sequences of every step."""
+        return self.train.batches
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run, from train.tokens if they are given."""
+        return self.train.total_steps(self.seq_len)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the whole run."""
+        return self.batches.after_steps(self.total_steps) * self.seq_len
+
     @field_validator("data")
     @classmethod
     def _check_seq_len(cls, data: DataConfig, info: ValidationInfo) -> DataConfig:
@@ -364,20 +427,41 @@ class RunConfig(Section):
             )
         return data
 
+    @field_validator("parallel")
+    @classmethod
+    def _check_muon(cls, parallel: ParallelConfig, info: ValidationInfo) -> ParallelConfig:
+        optimizer = info.data.get("optimizer")
+        if optimizer and optimizer.name == "muon" and parallel.zero_stage == 3:
+            raise _problem(
+                "optimizer.name",
+                "muon needs whole matrices, but parallel.zero_stage 3 gives every rank a part of each; "
+                "choose stage 0, 1 or 2, or adamw",
+            )
+        if optimizer and optimizer.name == "muon" and parallel.offload_optimizer:
+            raise _problem(
+                "optimizer.name",
+                "muon multiplies matrices, too slow on the host of parallel.offload_optimizer; "
+                "turn that off, or choose adamw",
+            )
+        return parallel
+
     @field_validator("train")
     @classmethod
     def _check_schedule(cls, train: TrainConfig, info: ValidationInfo) -> TrainConfig:
-        schedule = info.data.get("schedule")
-        if schedule and schedule.warmup_steps > train.steps:
-            raise _problem(
-                "schedule.warmup_steps", f"{schedule.warmup_steps} exceeds train.steps {train.steps}; lower it"
-            )
-        decay_steps = schedule.decay_steps if schedule and schedule.name == "wsd" else None
-        if schedule and decay_steps and schedule.warmup_steps + decay_steps > train.steps:
-            raise _problem(
-                "schedule.decay_steps",
-                f"{decay_steps} and warmup_steps {schedule.warmup_steps} together exceed train.steps {train.steps}",
-            )
+        schedule, data, model = (info.data.get(section) for section in ("schedule", "data", "model"))
+        seq_len = (data and data.seq_len) or (model and model.max_seq_len)
+        if not schedule or not seq_len:
+            return train
+        kind, total, of_total = "steps", train.total_steps(seq_len), "train.steps"
+        warmup, decay = schedule.warmup_steps, schedule.decay_steps
+        if schedule.in_tokens:
+            kind, total, of_total = "tokens", train.batches.after_steps(total) * seq_len, "the run's"
+            warmup, decay = schedule.warmup_tokens, schedule.decay_tokens
+        if warmup > total:
+            raise _problem(f"schedule.warmup_{kind}", f"{warmup} exceeds {of_total} {total}; lower it")
+        if schedule.name == "wsd" and decay and warmup + decay > total:
+            message = f"{decay} and warmup_{kind} {warmup} together exceed {of_total} {total}"
+            raise _problem(f"schedule.decay_{kind}", message)
         return train
 
 

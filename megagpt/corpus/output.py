@@ -14,8 +14,10 @@ from megagpt.corpus.config import CorpusConfig
 from megagpt.corpus.sources import SourceFile, one_line
 from megagpt.corpus.workspace import disk_error, locked
 from megagpt.data.atomic import fsync_path
-from megagpt.data.manifest import FILE_NAME, Manifest
+from megagpt.data.manifest import FILE_NAME, Manifest, TokenizerInfo
 from megagpt.errors import UsageError, UserError
+from megagpt.tokenizer import Tokenizer
+from megagpt.tokenizer.ranks import write_rank_file
 
 REPORT_NAME, DATA_NAME = "report.html", "report.json"
 
@@ -139,3 +141,18 @@ def write_sources(path: Path, files: Sequence[SourceFile]) -> None:
     with open(path, "w", encoding="utf-8") as lines:
         for file in files:
             lines.write(json.dumps({"file": file.name, "kind": file.kind, "bytes": file.size}) + "\n")
+
+
+def write_tokenizer(tokenizer: Tokenizer, name: str, folder: Path) -> TokenizerInfo:
+    """What the manifest says of the tokenizer that was asked for as `name`; of an own one, write a copy of it."""
+    copy = None
+    if tokenizer.path is not None:
+        copy = f"tokenizer{tokenizer.path.suffix}"
+        write_rank_file(tokenizer.ranks, folder / copy)  # and not what its file may have become meanwhile
+    return TokenizerInfo(
+        name=name,
+        vocab_sha256=tokenizer.vocab_sha256,
+        vocab_size=tokenizer.vocab_size,
+        eod_id=tokenizer.eod_id,
+        file=copy,
+    )

@@ -24,6 +24,7 @@ from megagpt.corpus.output import (
     reserved,
     run_folders,
     write_sources,
+    write_tokenizer,
 )
 from megagpt.corpus.plan import make_plan
 from megagpt.corpus.quarantine import CONTAMINATED_NAME, QUARANTINE_NAME, check_bad_ratio, write_contaminated
@@ -32,11 +33,10 @@ from megagpt.corpus.report import Report, StageTime
 from megagpt.corpus.stages import Results, Stages
 from megagpt.corpus.workspace import BusyError, open_workspace, remove_workspace, workspace_exists
 from megagpt.corpus.write import join
-from megagpt.data.manifest import FileChecksum, Manifest, SplitInfo, TokenizerInfo
+from megagpt.data.manifest import FileChecksum, Manifest, SplitInfo
 from megagpt.data.origins import SOURCES_NAME
 from megagpt.tokenizer import load_tokenizer
 from megagpt.tokenizer.fast import DocumentEncoder
-from megagpt.tokenizer.ranks import write_rank_file
 
 
 def preprocess(
@@ -128,20 +128,10 @@ def _join(run: Stages, results: Results, folder: Path) -> dict[str, SplitInfo]:
 
 def _describe(run: Stages, results: Results, splits: dict[str, SplitInfo], folder: Path) -> None:
     """Write the manifest and a copy of an own tokenizer."""
-    tokenizer, plan = run.tokenizer, run.plan
-    copy = None
-    if tokenizer.path is not None:
-        copy = f"tokenizer{tokenizer.path.suffix}"
-        write_rank_file(tokenizer.ranks, folder / copy)  # and not what its file may have become meanwhile
+    plan, tokenizer = run.plan, write_tokenizer(run.tokenizer, run.config.tokenizer, folder)
     checksums = {path.name: FileChecksum.of(path) for path in sorted(folder.iterdir())}
     Manifest(
-        tokenizer=TokenizerInfo(
-            name=run.config.tokenizer,
-            vocab_sha256=tokenizer.vocab_sha256,
-            vocab_size=tokenizer.vocab_size,
-            eod_id=tokenizer.eod_id,
-            file=copy,
-        ),
+        tokenizer=tokenizer,
         splits=splits,
         counts=results.counts,
         checksums=checksums,

@@ -242,7 +242,22 @@ def _next_paragraph(stream: IO[bytes], max_bytes: int) -> tuple[bytes, int, int]
 
 
 def _parse_line(line: bytes, text_key: str) -> str:
-    """The text in one line of JSON, as the standard library reads it; orjson is several times faster."""
+    """The text in one line of JSON."""
+    values = parse_object(line)
+    if text_key not in values:
+        raise BadRecordError("missing key", f"no key {text_key!r} among {', '.join(map(repr, list(values)[:5]))}")
+    if values[text_key] is None:
+        raise BadRecordError("wrong type", f"{text_key!r} is {NULL}")
+    if not isinstance(values[text_key], str):
+        raise BadRecordError("wrong type", f"{text_key!r} is {json_type(values[text_key])}, not a string")
+    return values[text_key]
+
+
+def parse_object(line: bytes) -> dict[str, Any]:
+    """The object in one line of JSON, as the standard library reads it; orjson is several times faster.
+
+    BadRecordError: there is none.
+    """
     try:
         values: Any = orjson.loads(line)
     except orjson.JSONDecodeError as error:
@@ -250,14 +265,8 @@ def _parse_line(line: bytes, text_key: str) -> str:
             raise BadRecordError("malformed JSON", "nested too deeply") from None
         values = _parse_slowly(line)
     if not isinstance(values, dict):
-        raise BadRecordError("wrong type", f"the line is {_json_type(values)}, not an object")
-    if text_key not in values:
-        raise BadRecordError("missing key", f"no key {text_key!r} among {', '.join(map(repr, list(values)[:5]))}")
-    if values[text_key] is None:
-        raise BadRecordError("wrong type", f"{text_key!r} is {NULL}")
-    if not isinstance(values[text_key], str):
-        raise BadRecordError("wrong type", f"{text_key!r} is {_json_type(values[text_key])}, not a string")
-    return values[text_key]
+        raise BadRecordError("wrong type", f"the line is {json_type(values)}, not an object")
+    return values
 
 
 def _parse_slowly(line: bytes) -> Any:
@@ -270,7 +279,8 @@ def _parse_slowly(line: bytes) -> Any:
         raise BadRecordError("malformed JSON", str(error)) from None
 
 
-def _json_type(value: Any) -> str:
+def json_type(value: Any) -> str:
+    """What JSON calls a value of this type, with its article."""
     names = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
     return names.get(type(value), "a number")
 

@@ -3,10 +3,13 @@
 The index is the MMIDIDX layout of Megatron-LM and GPT-NeoX, version 1, little-endian, without padding:
 9 bytes magic; u64 version; u8 dtype code; u64 sequences; u64 documents + 1; int32[sequences] lengths in tokens;
 int64[sequences] first byte in .bin; int64[documents + 1] first sequence of each document, then their number.
-Both files are memory-mapped: opening costs the same at any size, and processes share the pages.
+A dataset may have a third file, `prefix.mask`: a byte a token, 1 where it counts as a target, 0 where it is input only.
+The files are memory-mapped: opening costs the same at any size, and processes share the pages.
 """
 
+import errno
 import os
+import resource
 import shutil
 import struct
 from collections.abc import Iterable, Iterator
@@ -48,6 +51,11 @@ def idx_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.idx")
 
 
+def mask_path(prefix: str | Path) -> Path:
+    """The loss mask of a dataset, which few have."""
+    return Path(f"{prefix}.mask")
+
+
 class IndexedDataset:
     """A memory-mapped token dataset: sequences and documents by number, and the token stream in file order.
 
@@ -56,7 +64,10 @@ class IndexedDataset:
     """
 
     def __init__(self, prefix: str | Path) -> None:
-        """Open `prefix`.bin and `prefix`.idx. UserError: either is missing, truncated, foreign or inconsistent."""
+        """Open `prefix`.bin, `prefix`.idx and, if it is there, `prefix`.mask.
+
+        UserError: one of them is truncated, foreign or does not fit the others, or one of the first two is missing.
+        """
         self.prefix = str(prefix)
         self._index = _map(idx_path(prefix))
         self.dtype, sequences = self._read_header()
@@ -71,6 +82,8 @@ class IndexedDataset:
         self._check_ends()
         self.stream = self._content.view(self.dtype)
         """All tokens in file order: (num_tokens)."""
+        self.loss_mask = self._open_loss_mask()
+        """0 for each token that is no target, 1 for the others: uint8 (num_tokens); None: all tokens are targets."""
 
     def _read_header(self) -> tuple[np.dtype, int]:
         """Data type and number of sequences, after checking them against the file's size."""
@@ -115,6 +128,18 @@ class IndexedDataset:
         if end % itemsize:
             raise UserError(f"{path}: {end} bytes of tokens do not divide into {self.dtype} tokens; write it anew")
 
+    def _open_loss_mask(self) -> npt.NDArray[np.uint8] | None:
+        path = mask_path(self.prefix)
+        if not os.path.lexists(path):  # a link to nowhere is an error, not a dataset without a mask
+            return None
+        mask = _map(path)
+        if mask.size != self.num_tokens:
+            raise UserError(
+                f"{path}: {mask.size} bytes, but the dataset has {self.num_tokens} tokens and a loss mask one byte for "
+                "each; copy it again or make it anew"
+            )
+        return mask
+
     def __reduce__(self) -> tuple[type["IndexedDataset"], tuple[str]]:
         return IndexedDataset, (self.prefix,)
 
@@ -139,10 +164,18 @@ class IndexedDataset:
 
     def document(self, index: int) -> Array:
         """Tokens of document `index` (0 to num_documents - 1), as a view."""
+        return self.stream[self._document_span(index)]
+
+    def document_loss_mask(self, index: int) -> npt.NDArray[np.uint8] | None:
+        """The part of `loss_mask` for document `index`, as a view."""
+        span = self._document_span(index)
+        return None if self.loss_mask is None else self.loss_mask[span]
+
+    def _document_span(self, index: int) -> slice:
         if not 0 <= index < self.num_documents:
             raise IndexError(f"document {index} of {self.num_documents}")
         start, stop = self.document_starts([index, index + 1])
-        return self.stream[start:stop]
+        return slice(start, stop)
 
     def tokens(self, start: int, stop: int) -> Array:
         """Tokens [start, stop) of the stream, as a view."""
@@ -173,9 +206,12 @@ class IndexedDataset:
         return low
 
     def edge_hash(self) -> str:
-        """128-bit XXH3 of the first and last 64 KiB of both files: tells datasets apart without reading them whole."""
+        """128-bit XXH3 of the first and last 64 KiB of each file: tells datasets apart without reading them whole."""
         digest = xxhash.xxh3_128()
-        for content in (self._index, self._content):
+        contents = [self._index, self._content]
+        if self.loss_mask is not None:
+            contents.append(self.loss_mask)
+        for content in contents:
             digest.update(content[: 1 << 16].tobytes())
             digest.update(content[-(1 << 16) :].tobytes())
         return digest.hexdigest()
@@ -212,6 +248,24 @@ class IndexedDataset:
             largest.append(int(tokens.max()))
         return min(smallest, default=0), max(largest, default=0)
 
+    def count_learned(self) -> int:
+        """Read the loss mask and return how many tokens count as targets; all of them if there is none.
+
+        UserError names the first byte that is neither 0 nor 1.
+        """
+        if self.loss_mask is None:
+            return self.num_tokens
+        learned = 0
+        for start in range(0, self.num_tokens, _CHUNK):
+            mask = self.loss_mask[start : start + _CHUNK]
+            for wrong in np.flatnonzero(mask > 1)[:1]:
+                raise UserError(
+                    f"{mask_path(self.prefix)}: byte {start + wrong} is {mask[wrong]}, but a loss mask has 0 and 1 "
+                    "only; make it anew"
+                )
+            learned += int(np.count_nonzero(mask))
+        return learned
+
 
 class IndexedDatasetWriter:
     """Writes a dataset in bounded memory; it appears, whole, when the `with` block ends.
@@ -224,9 +278,9 @@ class IndexedDatasetWriter:
     UserError at any call: the disk refuses (full, read-only, quota).
     """
 
-    def __init__(self, prefix: str | Path, dtype: npt.DTypeLike) -> None:
-        """Write `prefix`.bin and .idx with tokens of `dtype`; a missing folder is made."""
-        self.prefix = str(prefix)
+    def __init__(self, prefix: str | Path, dtype: npt.DTypeLike, loss_mask: bool = False) -> None:
+        """Write `prefix`.bin and .idx with tokens of `dtype`, and .mask if loss_mask; a missing folder is made."""
+        self.prefix, self.loss_mask = str(prefix), loss_mask
         self.dtype = np.dtype(dtype)
         if self.dtype not in _CODES:
             raise ValueError(f"dtype {self.dtype}: the layout knows {', '.join(map(str, _CODES))}")
@@ -238,6 +292,7 @@ class IndexedDatasetWriter:
             self._bin, self._idx, self._documents = (
                 self._open_aside(stack, suffix) for suffix in ("bin", "idx", "documents")
             )
+            self._mask = self._open_aside(stack, "mask") if self.loss_mask else None
             self._idx.write(bytes(_HEADER.size))
             self._documents.write(bytes(_OFFSET.itemsize))
             self._cleanup = stack.pop_all()
@@ -255,25 +310,33 @@ class IndexedDatasetWriter:
             if error is None:
                 self._finish()
 
-    def add_document(self, tokens: npt.ArrayLike) -> None:
-        """Append one document, as one sequence, of these token ids (tokens). ValueError: an id does not fit dtype."""
-        array = np.asarray(tokens)
-        self.add_documents(array, [array.size])
+    def add_document(self, tokens: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> None:
+        """Append one document, as one sequence, of these token ids (tokens).
 
-    def add_documents(self, tokens: npt.ArrayLike, lengths: npt.ArrayLike) -> None:
+        mask: 1 for each token that counts as a target, 0 for the others (tokens); None: all count. ValueError: an id
+        does not fit dtype, the mask does not fit the tokens, or the writer was made without loss_mask.
+        """
+        array = np.asarray(tokens)
+        self.add_documents(array, [array.size], mask)
+
+    def add_documents(self, tokens: npt.ArrayLike, lengths: npt.ArrayLike, mask: npt.ArrayLike | None = None) -> None:
         """Append many documents: their token ids one after another (tokens), and the length of each (documents).
 
-        ValueError: an id does not fit dtype, or the lengths are negative or do not add up to the number of tokens.
+        mask: as for `add_document`, of all tokens. ValueError: as there, or the lengths are negative or do not add up
+        to the number of tokens.
         """
         array, sizes = self._checked_tokens(tokens), np.asarray(lengths, np.int64)
         if sizes.ndim != 1 or sizes.sum() != array.size or ((sizes < 0) | (sizes > np.iinfo(_LENGTH).max)).any():
             raise ValueError(f"lengths must be 0 to 2^31 - 1 and add up to {array.size} tokens, not {sizes.sum()}")
-        self._append_tokens(array)
+        self._append_tokens(array, self._checked_mask(mask, array.size))
         self._append_document_ends(self.num_sequences + np.arange(1, sizes.size + 1))
         self._append_lengths(sizes)
 
     def add_dataset(self, dataset: IndexedDataset) -> None:
-        """Append all documents of another dataset. UserError: it has another dtype."""
+        """Append all documents of another dataset. UserError: it has another dtype.
+
+        ValueError: it has a loss mask, and the writer was made without.
+        """
         if dataset.dtype != self.dtype:
             raise UserError(
                 f"{bin_path(dataset.prefix)}: holds {dataset.dtype}, but {bin_path(self.prefix)} is written in "
@@ -281,7 +344,9 @@ class IndexedDatasetWriter:
             )
         first_sequence = self.num_sequences
         for start in range(0, dataset.num_tokens, _CHUNK):
-            self._append_tokens(dataset.stream[start : start + _CHUNK])
+            tokens = dataset.stream[start : start + _CHUNK]
+            mask = None if dataset.loss_mask is None else dataset.loss_mask[start : start + _CHUNK] != 0
+            self._append_tokens(tokens, self._checked_mask(mask, tokens.size))
         for start in range(0, len(dataset), _CHUNK):
             self._append_lengths(dataset.lengths[start : start + _CHUNK])
         for start in range(1, dataset.num_documents + 1, _CHUNK):
@@ -298,9 +363,22 @@ class IndexedDatasetWriter:
                 raise ValueError(f"token ids {smallest} to {largest} do not fit {self.dtype}")
         return array.astype(self.dtype, copy=False)
 
-    def _append_tokens(self, tokens: Array) -> None:
+    def _checked_mask(self, mask: npt.ArrayLike | None, tokens: int) -> npt.NDArray[np.uint8] | None:
+        """The bytes of .mask for so many tokens; None if there is no such file."""
+        if not self.loss_mask:
+            if mask is not None:
+                raise ValueError("a mask needs IndexedDatasetWriter(..., loss_mask=True)")
+            return None
+        array = np.ones(tokens, np.uint8) if mask is None else np.asarray(mask)
+        if array.shape != (tokens,) or not np.isin(array, (0, 1)).all():
+            raise ValueError(f"a mask must be 0 or 1 for each of {tokens} tokens, not {array.dtype} of {array.shape}")
+        return array.astype(np.uint8)
+
+    def _append_tokens(self, tokens: Array, mask: npt.NDArray[np.uint8] | None) -> None:
         with _disk_errors(self.prefix):
             self._bin.write(np.ascontiguousarray(tokens).data)
+            if self._mask is not None and mask is not None:
+                self._mask.write(mask.data)
         self.num_tokens += tokens.size
 
     def _append_lengths(self, lengths: Array) -> None:
@@ -328,22 +406,30 @@ class IndexedDatasetWriter:
         self._idx.seek(0)
         counts = (self.num_sequences, self.num_documents + 1)
         self._idx.write(_HEADER.pack(MAGIC, VERSION, _CODES[self.dtype], *counts))
-        for file in (self._bin, self._idx):
+        for file in filter(None, (self._bin, self._mask, self._idx)):
             file.flush()
             os.fsync(file.fileno())
         # Without its index a dataset does not exist, so no crash can pair new tokens with an old index.
         idx_path(self.prefix).unlink(missing_ok=True)
         os.replace(self._bin.name, bin_path(self.prefix))
+        if self._mask is not None:
+            os.replace(self._mask.name, mask_path(self.prefix))
+        else:
+            mask_path(self.prefix).unlink(missing_ok=True)  # that of an older dataset of this name
         os.replace(self._idx.name, idx_path(self.prefix))
         fsync_path(bin_path(self.prefix).parent)
 
 
 def merge(prefixes: Iterable[str | Path], output: str | Path) -> None:
-    """Write the documents of several datasets, in that order, to one. UserError: none given, or unequal dtypes."""
+    """Write the documents of several datasets, in that order, to one; if one has a loss mask, so has the output.
+
+    UserError: none given, or unequal dtypes.
+    """
     datasets = [IndexedDataset(prefix) for prefix in prefixes]
     if not datasets:
         raise UserError(f"{output}: no datasets to merge; name at least one prefix")
-    with IndexedDatasetWriter(output, datasets[0].dtype) as writer:
+    loss_mask = any(dataset.loss_mask is not None for dataset in datasets)
+    with IndexedDatasetWriter(output, datasets[0].dtype, loss_mask) as writer:
         for dataset in datasets:
             writer.add_dataset(dataset)
 
@@ -359,7 +445,26 @@ def _map(path: Path) -> npt.NDArray[np.uint8]:
             f"{path}: no such file; a dataset is named by its prefix: data/train for data/train.bin and data/train.idx"
         ) from None
     except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        if error.errno != errno.EMFILE:
+            raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+        if _raise_limit_of_open_files():
+            return _map(path)
+        raise UserError(
+            f"{path}: cannot be read: {error.strerror}; an open dataset holds two or three: raise the limit (ulimit -n)"
+        ) from None
+
+
+def _raise_limit_of_open_files() -> bool:
+    """Raise the soft limit, 1,024 on most machines, as a process may do up to the hard one; False: it is there.
+
+    A mapped file stays open. A limit no higher than needed keeps file numbers low, for libraries that use select().
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == hard:
+        return False
+    raised = 2 * soft if hard == resource.RLIM_INFINITY else min(2 * soft, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+    return True
 
 
 @contextmanager

@@ -1,29 +1,31 @@
 """Batches for training and evaluation, read by global position, so that ranks only divide what a step consumes.
 
-A step consumes the window [consumed, consumed + global_batch_size) of samples; rank r of W reads the r-th of its W
-equal contiguous parts, in micro-batches. What a window holds depends on datasets, seed and seq_len alone: not on the
-number of ranks, the micro-batches or where a run was resumed.
+A step consumes a window of samples, the next after the last step's; rank r of W reads the r-th of its W equal
+contiguous parts, in micro-batches. What a window holds depends on datasets, seed and seq_len alone: not on the number
+of ranks, the micro-batches or where a run was resumed.
 """
 
 import json
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 import xxhash
 
+from megagpt.config.batch import BatchSizes
 from megagpt.config.schema import DataSource
-from megagpt.data.blend import Blend
+from megagpt.data.history import BlendedDataset, BlendHistory, DatasetIdentity, Segment
 from megagpt.data.indexed import IndexedDataset, bin_path
 from megagpt.data.manifest import common_tokenizer
-from megagpt.data.order import ORDER_VERSION
-from megagpt.data.samples import IGNORE_INDEX, DocumentIds, SequentialSamples, TokenArray, TokenSamples
+from megagpt.data.names import distinct_names
+from megagpt.data.samples import IGNORE_INDEX, SequentialSamples, TokenArray, TokenSamples, Windows
 from megagpt.errors import UsageError, UserError
 
 
@@ -37,6 +39,8 @@ class Batch:
     """int64 (batch, seq): the token after each input; IGNORE_INDEX where there is none."""
     document_ids: torch.Tensor | None = None
     """int32 (batch, seq): number of each input's document within its sample, from 0; None without a document mask."""
+    target_bytes: torch.Tensor | None = None
+    """int64 (batch,): bytes of UTF-8 that the targets of each sample stand for; None unless they were asked for."""
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -44,19 +48,19 @@ class Batch:
 
     def __getitem__(self, samples: slice) -> "Batch":
         """The batch of some of the samples, as views."""
-        ids = self.document_ids
-        return Batch(self.input_ids[samples], self.targets[samples], None if ids is None else ids[samples])
+        return self._of_each(lambda tensor: tensor[samples])
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The batch on `device`; a non-blocking copy from pinned memory overlaps with computation."""
-        ids = None if self.document_ids is None else self.document_ids.to(device, non_blocking=non_blocking)
-        input_ids = self.input_ids.to(device, non_blocking=non_blocking)
-        return Batch(input_ids, self.targets.to(device, non_blocking=non_blocking), ids)
+        return self._of_each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """The batch in page-locked host memory."""
-        ids = None if self.document_ids is None else self.document_ids.pin_memory()
-        return Batch(self.input_ids.pin_memory(), self.targets.pin_memory(), ids)
+        return self._of_each(torch.Tensor.pin_memory)
+
+    def _of_each(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        """The batch of what `function` makes of each tensor."""
+        return replace(self, **{name: function(tensor) for name, tensor in vars(self).items() if tensor is not None})
 
 
 class SampleReader(Protocol):
@@ -67,7 +71,15 @@ class SampleReader(Protocol):
 
 
 class TrainingData:
-    """The endless sequence of training samples of a weighted blend of datasets."""
+    """The endless sequence of training samples of a weighted blend of datasets.
+
+    To go on with a run whose blend may have changed:
+
+        data = TrainingData(config.data.train, ...)
+        history, differences = continue_history(checkpoint_history, consumed, data.history)
+        ...                                                              # refuse the differences, or log them
+        data.follow(history)
+    """
 
     def __init__(
         self,
@@ -81,56 +93,89 @@ class TrainingData:
 
         seq_len: tokens a sample. document_mask: whether batches have document ids. vocab_size: number of ids that the
         model knows; given it, a dataset or a batch with others is refused. UserError: a dataset is damaged or too
-        small. UsageError: its tokenizer is larger than vocab_size, or another one than the other datasets'.
+        small. UsageError: its tokenizer is larger than vocab_size, or another one than the other datasets'; or a
+        dataset or name is given twice.
         """
+        names = distinct_names(sources, "data.train")
         self.datasets = [IndexedDataset(source.path) for source in sources]
         self.tokenizer = common_tokenizer(self.datasets, vocab_size)
         """The tokenizer of the datasets, as far as they have manifests; None if none has."""
-        self.blend = Blend([source.weight for source in sources])
-        self._samples = [TokenSamples(dataset, seq_len, seed) for dataset in self.datasets]
-        self._seq_len, self._document_mask, self._vocab_size = seq_len, document_mask, vocab_size
-        self.identity: dict[str, Any] = {
-            "order_version": ORDER_VERSION,
-            "seq_len": seq_len,
-            "seed": seed,
+        self._document_mask, self._vocab_size = document_mask, vocab_size
+        self._has_loss_mask = any(dataset.loss_mask is not None for dataset in self.datasets)
+        identities = [DatasetIdentity.of(dataset) for dataset in self.datasets]
+        _refuse_equal(identities, names)
+        self._samples = {
+            identity: TokenSamples(dataset, seq_len, seed)
+            for identity, dataset in zip(identities, self.datasets, strict=True)
+        }
+        datasets = [
+            BlendedDataset(name=name, weight=source.weight, identity=identity)
+            for name, source, identity in zip(names, sources, identities, strict=True)
+        ]
+        segment = Segment(start=0, seq_len=seq_len, tokenizer=self.tokenizer, datasets=datasets)
+        self.follow(BlendHistory(seed=seed, segments=[segment]))
+
+    def follow(self, history: BlendHistory) -> None:
+        """Go on from the start of the history's current segment, which blends exactly the datasets opened here."""
+        segment = history.current
+        self.history = history
+        """What was read of each dataset before, and how they are blended: what a checkpoint must keep."""
+        self.blend = segment.blend()
+        """The datasets of the samples from the current segment's start on, in its order."""
+        self._blended = [self._samples[dataset.identity] for dataset in segment.datasets]
+        assert len(self._blended) == len(self._samples), "a history of other datasets"
+        self._offsets = np.array([dataset.offset for dataset in segment.datasets])
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """All that decides which sample is which from here on, in JSON types; paths and machines are no part of it."""
+        segment = self.history.current
+        return {
+            "order_version": self.history.order_version,
+            "start": segment.start,
+            "seq_len": segment.seq_len,
+            "seed": self.history.seed,
             "tokenizer": self.tokenizer and self.tokenizer.vocab_sha256,
             "datasets": [
-                {
-                    "documents": dataset.num_documents,
-                    "sequences": len(dataset),
-                    "tokens": dataset.num_tokens,
-                    "dtype": str(dataset.dtype),
-                    "edge_hash": dataset.edge_hash(),
-                    "quota": quota,
-                }
-                for dataset, quota in zip(self.datasets, self.blend.quotas.tolist(), strict=True)
+                {**dataset.identity.model_dump(), "offset": dataset.offset, "quota": quota}
+                for dataset, quota in zip(segment.datasets, self.blend.quotas.tolist(), strict=True)
             ],
         }
-        """All that decides which sample is which, in JSON types; paths and machines are no part of it."""
 
     @property
     def fingerprint(self) -> str:
-        """Hash of `identity`: runs of equal fingerprints read the same samples in the same order."""
+        """Hash of `identity`: runs of equal fingerprints read the same samples in the same order from here on."""
         return xxhash.xxh3_128_hexdigest(json.dumps(self.identity, sort_keys=True).encode())
 
-    def epochs(self, consumed: int) -> list[float]:
-        """How often each dataset has been read after `consumed` samples of the blend."""
-        counts = self.blend.counts(consumed).tolist()
-        return [count / len(samples) for count, samples in zip(counts, self._samples, strict=True)]
+    def epochs(self, consumed: int) -> dict[str, float]:
+        """How often each dataset, by name, has been read after `consumed` samples of the whole run."""
+        segment = self.history.current
+        counts = self.blend.counts(consumed - segment.start).tolist()
+        return {
+            dataset.name: dataset.epochs + count / len(samples)
+            for dataset, count, samples in zip(segment.datasets, counts, self._blended, strict=True)
+        }
 
     def read(self, start: int, count: int) -> Batch:
         """Samples [start, start + count). UserError: a token id is not below vocab_size."""
-        datasets, numbers = self.blend.lookup(np.arange(start, start + count))
-        tokens = np.empty((count, self._seq_len + 1), np.int64)
-        document_ids = np.empty((count, self._seq_len), np.int32) if self._document_mask else None
+        segment = self.history.current
+        assert start >= segment.start, f"sample {start} is before the blend that begins at {segment.start}"
+        datasets, numbers = self.blend.lookup(np.arange(start, start + count) - segment.start)
+        numbers += self._offsets[datasets]
+        tokens = np.empty((count, segment.seq_len + 1), np.int64)
+        document_ids = np.empty((count, segment.seq_len), np.int32) if self._document_mask else None
+        learned = np.ones((count, segment.seq_len), np.bool_) if self._has_loss_mask else None
         for dataset in np.unique(datasets):
             rows = np.flatnonzero(datasets == dataset)
-            part, ids = self._samples[dataset].read(numbers[rows], self._document_mask)
-            _check_ids(part, self.datasets[dataset], self._vocab_size)
-            tokens[rows] = part
+            samples = self._blended[dataset]
+            part = samples.read(numbers[rows], self._document_mask)
+            _check_ids(part.tokens, samples.dataset, self._vocab_size)
+            tokens[rows] = part.tokens
             if document_ids is not None:
-                document_ids[rows] = ids
-        return _batch(tokens, document_ids)
+                document_ids[rows] = part.document_ids
+            if learned is not None and part.learned is not None:
+                learned[rows] = part.learned
+        return _batch(Windows(tokens, document_ids, learned))
 
 
 class ValidationData:
@@ -146,6 +191,7 @@ class ValidationData:
         seq_len: int,
         document_mask: bool,
         vocab_size: int | None = None,
+        token_bytes: npt.NDArray[np.int64] | None = None,
         *,
         global_batch_size: int,
         micro_batch_size: int,
@@ -153,42 +199,91 @@ class ValidationData:
         world_size: int,
         max_batches: int | None = None,
     ) -> None:
-        """Open the dataset; sizes are in samples, max_batches in global batches; errors as for TrainingData."""
+        """Open the dataset; sizes are in samples, max_batches in global batches; errors as for TrainingData.
+
+        token_bytes: bytes of each token id, (ids), as `megagpt.tokenizer.token_byte_lengths` gives them; given it,
+        batches have `target_bytes`.
+        """
         self.dataset = IndexedDataset(source.path)
         self.tokenizer = common_tokenizer([self.dataset], vocab_size)
         """The tokenizer of the dataset; None if it has no manifest."""
         self._samples = SequentialSamples(self.dataset, seq_len)
         self._document_mask, self._vocab_size = document_mask, vocab_size
+        self._token_bytes = None if token_bytes is None else torch.from_numpy(token_bytes)
         batches = -(-len(self._samples) // global_batch_size)
         self.num_batches = batches if max_batches is None else min(batches, max_batches)
         """Global batches of an evaluation."""
         self._open_loader = partial(
             BatchLoader,
             self,
-            global_batch_size=global_batch_size,
             micro_batch_size=micro_batch_size,
             rank=rank,
             world_size=world_size,
-            start_sample=0,
-            stop_sample=self.num_batches * global_batch_size,
         )
+        self._batches = BatchSizes(global_batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        with self._open_loader() as loader:
-            for micro_batches in loader:
-                yield from micro_batches
+        with self._open_loader(step_windows(self._batches, 0, self.num_batches)) as loader:
+            for batches in loader:
+                yield from batches.micro_batches
 
     def read(self, start: int, count: int) -> Batch:
         """Samples [start, start + count). UserError: a token id is not below vocab_size."""
-        tokens, document_ids = self._samples.read(np.arange(start, start + count), self._document_mask)
-        _check_ids(tokens, self.dataset, self._vocab_size)
-        batch = _batch(tokens, document_ids)
+        windows = self._samples.read(np.arange(start, start + count), self._document_mask)
+        _check_ids(windows.tokens, self.dataset, self._vocab_size)
+        batch = _batch(windows)
         inputs = batch.input_ids.masked_fill(batch.input_ids == IGNORE_INDEX, 0)
-        return Batch(inputs, batch.targets, batch.document_ids)
+        return replace(batch, input_ids=inputs, target_bytes=self._target_bytes(batch.targets))
+
+    def _target_bytes(self, targets: torch.Tensor) -> torch.Tensor | None:
+        """Bytes of the targets of each sample, (batch), of targets (batch, seq)."""
+        if self._token_bytes is None:
+            return None
+        if (largest := int(targets.max())) >= len(self._token_bytes):
+            raise UserError(
+                f"{bin_path(self.dataset.prefix)}: holds token id {largest}, but its tokenizer has "
+                f"{len(self._token_bytes)} ids; make the dataset anew"
+            )
+        return self._token_bytes[targets.clamp(min=0)].masked_fill(targets == IGNORE_INDEX, 0).sum(dim=1)
+
+
+class Window(NamedTuple):
+    """The samples [start, start + size) of the global order, which one step consumes."""
+
+    start: int
+    size: int
+
+    @property
+    def stop(self) -> int:
+        """The sample after the last."""
+        return self.start + self.size
+
+
+class StepBatches(NamedTuple):
+    """What one rank computes in one step."""
+
+    window: Window
+    """What all ranks together consume."""
+    micro_batches: list[Batch]
+    """This rank's part of it."""
+
+
+def step_windows(
+    batches: BatchSizes, consumed: int, steps: int, skipped: Sequence[tuple[int, int]] = ()
+) -> Iterator[Window]:
+    """The windows of the next `steps` steps after `consumed` samples.
+
+    skipped: ranges (start, stop) of samples that no step shall read; a window that would begin in one begins after it.
+    """
+    for _ in range(steps):
+        while stops := [stop for start, stop in skipped if start <= consumed < stop]:
+            consumed = max(stops)
+        yield (window := Window(consumed, batches.at(consumed)))
+        consumed = window.stop
 
 
 class BatchLoader:
-    """Iterates over steps: each item is the list of this rank's micro-batches, read ahead in a background thread.
+    """Iterates over steps: this rank's micro-batches of each window, read ahead in a background thread.
 
     An error of the thread is raised where its step is asked for. Use it in a `with` block, or call `close`.
     """
@@ -196,62 +291,57 @@ class BatchLoader:
     def __init__(
         self,
         data: SampleReader,
+        windows: Iterable[Window],
         *,
-        global_batch_size: int,
         micro_batch_size: int,
         rank: int,
         world_size: int,
-        start_sample: int,
-        stop_sample: int | None = None,
         pin_memory: bool = False,
         prefetch: int = 2,
     ) -> None:
         """Begin to read ahead.
 
-        Sizes and positions are in samples; start_sample is what earlier steps have consumed; no window reaches beyond
-        stop_sample. prefetch: steps to read ahead, at least 1. UsageError: the global batch does not divide evenly.
+        windows: one a step; sizes are in samples. prefetch: steps to read ahead, at least 1. UsageError: a window does
+        not divide evenly into micro-batches of all ranks.
         """
-        if global_batch_size % (world_size * micro_batch_size):
-            raise UsageError(
-                f"train.global_batch_size: {global_batch_size} is not a multiple of {world_size} ranks x "
-                f"train.micro_batch_size {micro_batch_size}; change one of them"
-            )
-        self.consumed = start_sample
-        """Samples consumed by all steps so far, the one handed out last included."""
-        self._data, self._micro_batch_size, self._pin_memory = data, micro_batch_size, pin_memory
-        self._global_batch_size, self._share = global_batch_size, global_batch_size // world_size
-        self._rank, self._window, self._stop_sample = rank, start_sample, stop_sample
+        self._data, self._windows, self._micro_batch_size = data, iter(windows), micro_batch_size
+        self._rank, self._world_size, self._pin_memory = rank, world_size, pin_memory
         # A new thread's CUDA device is 0: pinning there would cost every rank of a node a context on the first GPU.
         initializer = partial(torch.cuda.set_device, torch.cuda.current_device()) if pin_memory else None
         self._executor = ThreadPoolExecutor(1, "batch-loader", initializer)
-        self._pending: deque[Future[list[Batch]]] = deque()
+        self._pending: deque[Future[StepBatches]] = deque()
         for _ in range(prefetch):
             self._request()
 
     def _request(self) -> None:
-        """Have the next window read, unless it reaches beyond the end."""
-        if self._stop_sample is None or self._window + self._global_batch_size <= self._stop_sample:
-            self._pending.append(self._executor.submit(self._read, self._window + self._rank * self._share))
-            self._window += self._global_batch_size
+        """Have the next window read, if there is one."""
+        window = next(self._windows, None)
+        if window is None:
+            return
+        if window.size % (self._world_size * self._micro_batch_size):
+            raise UsageError(
+                f"train.global_batch_size: {window.size} is not a multiple of {self._world_size} ranks x "
+                f"train.micro_batch_size {self._micro_batch_size}; change one of them"
+            )
+        self._pending.append(self._executor.submit(self._read, window))
 
-    def _read(self, start: int) -> list[Batch]:
-        batch = self._data.read(start, self._share)
+    def _read(self, window: Window) -> StepBatches:
+        share, size = window.size // self._world_size, self._micro_batch_size
+        batch = self._data.read(window.start + self._rank * share, share)
         if self._pin_memory:
             batch = batch.pin_memory()
-        size = self._micro_batch_size
-        return [batch[first : first + size] for first in range(0, self._share, size)]
+        return StepBatches(window, [batch[first : first + size] for first in range(0, share, size)])
 
-    def __iter__(self) -> Iterator[list[Batch]]:
+    def __iter__(self) -> Iterator[StepBatches]:
         return self
 
-    def __next__(self) -> list[Batch]:
+    def __next__(self) -> StepBatches:
         if not self._pending:
             raise StopIteration
-        micro_batches = self._pending[0].result()
+        batches = self._pending[0].result()
         self._pending.popleft()
         self._request()
-        self.consumed += self._global_batch_size
-        return micro_batches
+        return batches
 
     def close(self) -> None:
         """End the thread, after the read that it is in."""
@@ -267,6 +357,18 @@ class BatchLoader:
         self.close()
 
 
+def _refuse_equal(identities: Sequence[DatasetIdentity], names: Sequence[str]) -> None:
+    """One dataset in two places of a blend would give each sample twice, soon after one another."""
+    seen: dict[DatasetIdentity, str] = {}
+    for identity, name in zip(identities, names, strict=True):
+        if identity in seen:
+            raise UsageError(
+                f"data.train: {seen[identity]} and {name} are the same dataset; give it once, with the sum of their "
+                "weights"
+            )
+        seen[identity] = name
+
+
 def _check_ids(tokens: TokenArray, dataset: IndexedDataset, vocab_size: int | None) -> None:
     """An id beyond the embedding would be an illegal memory access on a GPU: name its dataset instead."""
     if vocab_size is not None and (largest := tokens.max()) >= vocab_size:
@@ -276,8 +378,11 @@ def _check_ids(tokens: TokenArray, dataset: IndexedDataset, vocab_size: int | No
         )
 
 
-def _batch(tokens: TokenArray, document_ids: DocumentIds | None) -> Batch:
-    """Tokens (batch, seq + 1) as inputs and targets."""
-    samples = torch.from_numpy(tokens)
-    ids = None if document_ids is None else torch.from_numpy(document_ids)
-    return Batch(samples[:, :-1].contiguous(), samples[:, 1:].contiguous(), ids)
+def _batch(windows: Windows) -> Batch:
+    """Windows as inputs and targets."""
+    samples = torch.from_numpy(windows.tokens)
+    targets = samples[:, 1:].clone(memory_format=torch.contiguous_format)
+    if windows.learned is not None:
+        targets[torch.from_numpy(~windows.learned)] = IGNORE_INDEX
+    ids = None if windows.document_ids is None else torch.from_numpy(windows.document_ids)
+    return Batch(samples[:, :-1].contiguous(), targets, ids)

@@ -4,6 +4,7 @@ One manifest describes one folder: all its splits (train, validation, ...), the 
 configuration that made them and a checksum of every file. Datasets of other programs have none.
 """
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import xxhash
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megagpt.data.atomic import replace_file
-from megagpt.data.indexed import IndexedDataset, idx_path
+from megagpt.data.indexed import IndexedDataset, idx_path, mask_path
 from megagpt.errors import UsageError, UserError
 from megagpt.tokenizer import Tokenizer, load_tokenizer
 
@@ -127,13 +128,18 @@ class Manifest(_Record):
     def of(cls, dataset: IndexedDataset) -> "Manifest | None":
         """The manifest that describes `dataset`; None if its folder has none, or one without this split.
 
-        UserError: as `load`, or the manifest counts other documents, sequences or tokens than the files hold.
+        UserError: as `load`, or the manifest counts other documents, sequences or tokens than the files hold, or lists
+        a loss mask that is missing, without which a model would learn what it must not.
         """
+        manifest = cls.load(Path(dataset.prefix).parent)
+        return manifest if manifest and manifest._describes(dataset) else None
+
+    def _describes(self, dataset: IndexedDataset) -> bool:
+        """Whether `dataset`, of the manifest's folder, is one of its splits. UserError: it is, but its files differ."""
         prefix = Path(dataset.prefix)
-        manifest = cls.load(prefix.parent)
-        if manifest is None or prefix.name not in manifest.splits:
-            return None
-        listed = manifest.splits[prefix.name]
+        if prefix.name not in self.splits:
+            return False
+        listed = self.splits[prefix.name]
         found = SplitInfo(documents=dataset.num_documents, sequences=len(dataset), tokens=dataset.num_tokens)
         if listed != found:
             raise UserError(
@@ -141,7 +147,10 @@ class Manifest(_Record):
                 f"tokens, but {FILE_NAME} beside it says {listed.documents}, {listed.sequences}, {listed.tokens}; "
                 "copy the whole dataset again"
             )
-        return manifest
+        mask = mask_path(prefix)
+        if dataset.loss_mask is None and mask.name in self.checksums:
+            raise UserError(f"{mask}: no such file, but {FILE_NAME} beside it lists it; copy the whole dataset again")
+        return True
 
     def load_tokenizer(self, folder: str | Path, vocab_dir: str | Path | None = None) -> Tokenizer:
         """The tokenizer of the dataset in `folder`: its own copy if it has one, else found by name, in vocab_dir first.
@@ -184,9 +193,10 @@ def common_tokenizer(datasets: Sequence[IndexedDataset], vocab_size: int | None 
     UsageError: two of them name different vocabularies, or one that has more ids than `vocab_size`, the model's number.
     """
     common: tuple[str, TokenizerInfo] | None = None
+    load = functools.cache(Manifest.load)  # a manifest may list a thousand datasets
     for dataset in datasets:
-        manifest = Manifest.of(dataset)
-        if manifest is None:
+        manifest = load(Path(dataset.prefix).parent)
+        if manifest is None or not manifest._describes(dataset):
             continue
         tokenizer = manifest.tokenizer
         if vocab_size is not None and tokenizer.vocab_size > vocab_size:

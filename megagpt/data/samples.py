@@ -2,8 +2,11 @@
 
 Consecutive samples share one token, the last target of one and the first input of the next: a stream of T tokens has
 T - 1 targets. Training samples begin at an offset drawn anew for each epoch and are visited in a permuted order;
-validation samples begin at 0, in file order, the last one padded. Both are pure functions of their index.
+validation samples begin at 0, in file order, the last one padded. Both are pure functions of their index. A loss mask
+says which tokens count where they are targets; as inputs all of them stay.
 """
+
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +21,23 @@ IGNORE_INDEX = -100
 
 TokenArray = npt.NDArray[np.int64]
 DocumentIds = npt.NDArray[np.int32]
+BoolArray = npt.NDArray[np.bool_]
+
+
+class Windows(NamedTuple):
+    """Samples as they were read."""
+
+    tokens: TokenArray
+    """int64 (count, seq_len + 1): inputs, and shifted by one their targets."""
+    document_ids: DocumentIds | None
+    """int32 (count, seq_len): document of each input, from 0 in each sample; None: not asked for."""
+    learned: BoolArray | None
+    """(count, seq_len): whether each target counts, by the loss mask; None: the dataset has none."""
+
+
+def samples_per_epoch(tokens: int, seq_len: int) -> int:
+    """Training samples of `seq_len` that one epoch has of a dataset of so many tokens, seq_len + 1 or more."""
+    return max(1, (tokens - seq_len) // seq_len)
 
 
 class TokenSamples:
@@ -36,9 +56,11 @@ class TokenSamples:
                 f"are {tokens}; add text or choose a smaller seq_len"
             )
         self.dataset, self.seq_len, self.seed = dataset, seq_len, seed
-        self._num_samples = max(1, (tokens - seq_len) // seq_len)
+        self._num_samples = samples_per_epoch(tokens, seq_len)
         self._offsets = min(seq_len, tokens - self._num_samples * seq_len)
         self._windows = sliding_window_view(dataset.stream, seq_len + 1)
+        mask = dataset.loss_mask
+        self._mask_windows = None if mask is None else sliding_window_view(mask[1:], seq_len)
 
     def __len__(self) -> int:
         """Samples an epoch."""
@@ -50,14 +72,12 @@ class TokenSamples:
         order = permute(positions, len(self), permutation_key(self.seed, epochs))
         return epoch_offset(self.seed, epochs, self._offsets) + order * self.seq_len
 
-    def read(self, indices: npt.ArrayLike, document_ids: bool = False) -> tuple[TokenArray, DocumentIds | None]:
-        """Tokens (count, seq_len + 1) of samples `indices`, and if asked for the document ids of their inputs.
-
-        Document ids, (count, seq_len), count from 0 in each sample.
-        """
+    def read(self, indices: npt.ArrayLike, document_ids: bool = False) -> Windows:
+        """Samples `indices` (count), and if asked for the document ids of their inputs."""
         starts = self.starts(indices)
         tokens = self._windows[starts].astype(np.int64)
-        return tokens, _document_ids(self.dataset, starts, self.seq_len) if document_ids else None
+        ids = _document_ids(self.dataset, starts, self.seq_len) if document_ids else None
+        return Windows(tokens, ids, None if self._mask_windows is None else self._mask_windows[starts] != 0)
 
 
 class SequentialSamples:
@@ -81,10 +101,10 @@ class SequentialSamples:
 
     @property
     def num_targets(self) -> int:
-        """Targets in all samples."""
+        """Targets in all samples, those included that a loss mask leaves out."""
         return self.dataset.num_tokens - 1
 
-    def read(self, indices: npt.ArrayLike, document_ids: bool = False) -> tuple[TokenArray, DocumentIds | None]:
+    def read(self, indices: npt.ArrayLike, document_ids: bool = False) -> Windows:
         """As `TokenSamples.read`; padding is IGNORE_INDEX and belongs to the document before it."""
         starts = np.asarray(indices, np.int64) * self.seq_len
         last = self.dataset.num_tokens - 1
@@ -93,7 +113,8 @@ class SequentialSamples:
         # A window that begins at the last token has no target: that token is one of the window before it.
         tokens[(positions > last) | (starts >= last)[:, None]] = IGNORE_INDEX
         ids = _document_ids(self.dataset, np.minimum(starts, last), self.seq_len) if document_ids else None
-        return tokens, ids
+        mask = self.dataset.loss_mask
+        return Windows(tokens, ids, None if mask is None else mask[np.minimum(positions[:, 1:], last)] != 0)
 
 
 def _document_ids(dataset: IndexedDataset, starts: npt.NDArray[np.int64], seq_len: int) -> DocumentIds:

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from megagpt.config.schema import ModelConfig
 from megagpt.errors import UsageError, UserError
 from megagpt.inference.cache import KVCache
 from megagpt.inference.sampling import Sampling, draw, sample_generators, uniforms
@@ -34,7 +35,7 @@ def generate(
     (vocab,) bool, the ids that may be drawn; None: all. `model` should be in eval mode.
     Raises UsageError for an empty prompt, or one longer than the context; UserError if the logits are not finite.
     """
-    max_new_tokens = min(max_new_tokens, tokens_left(model, len(prompt_ids)))
+    max_new_tokens = min(max_new_tokens, tokens_left(model.config, len(prompt_ids)))
     weight = model.embedding.weight
     cache = KVCache.empty(model.config, 1, len(prompt_ids) + max_new_tokens, weight.device, weight.dtype)
     input_ids = torch.tensor([prompt_ids], device=weight.device)
@@ -111,9 +112,9 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     return tokenizer.encode(prompt) or [tokenizer.eod_id]
 
 
-def tokens_left(model: GPT, prompt_tokens: int) -> int:
+def tokens_left(config: ModelConfig, prompt_tokens: int) -> int:
     """How many tokens the model can add to a prompt: the last one is never read. Raises UsageError if there is none."""
-    context = model.config.max_seq_len
+    context = config.max_seq_len
     if not 0 < prompt_tokens <= context:
         raise UsageError(f"the prompt has {prompt_tokens} tokens; this model reads 1 to {context}: change the prompt")
     return context - prompt_tokens + 1

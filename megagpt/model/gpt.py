@@ -9,12 +9,21 @@ import math
 from collections.abc import Sequence
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from megagpt.config.schema import ModelConfig
-from megagpt.model.attention import Attention, LayerCache, attention_mask
+from megagpt.model.attention import (
+    Attention,
+    BlockSparseMask,
+    FlexKernel,
+    LayerCache,
+    attention_mask,
+    block_sparse_mask,
+)
 from megagpt.model.embedding import Embedding
 from megagpt.model.feedforward import FeedForward
 from megagpt.model.loss import EAGER_KERNELS, linear_cross_entropy
@@ -47,7 +56,7 @@ class Block(nn.Module):
         self,
         hidden_states: Tensor,
         rotary: Rotary | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | BlockSparseMask | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
         """Add attention, then feed-forward, to the residual stream."""
@@ -64,6 +73,7 @@ class GPT(nn.Module):
         self.config = config
         self.activation_checkpointing = activation_checkpointing
         self.loss_kernels = EAGER_KERNELS
+        self.flex_attention = False
         self.embedding = Embedding(config.vocab_size, config.hidden_size)
         if config.position == "learned":
             self.position_embedding = Embedding(config.max_seq_len, config.hidden_size)
@@ -94,7 +104,12 @@ class GPT(nn.Module):
         if self.config.position == "learned" and past_len + seq_len > self.config.max_seq_len:
             raise ValueError(f"{past_len + seq_len} tokens, but only {self.config.max_seq_len} learned positions")
         positions = position_ids(seq_len, past_len, document_ids, input_ids.device)
-        mask = attention_mask(seq_len, past_len, document_ids, input_ids.device)
+        mask: Tensor | BlockSparseMask | None
+        # FlexAttention knows no dropout.
+        if document_ids is not None and self.flex_attention and not (self.training and self.config.dropout):
+            mask = block_sparse_mask(document_ids)
+        else:
+            mask = attention_mask(seq_len, past_len, document_ids, input_ids.device)
         rotary = self._rotary_tables(positions)
         hidden_states = self.dropout(self._embed(input_ids, positions))
         for index, block in enumerate(self.blocks):
@@ -131,6 +146,19 @@ def compile_blocks(model: GPT) -> None:
     """Compile the block in place at its first use, once for all layers."""
     for block in model.blocks:
         block.compile()
+
+
+def compile_attention(model: GPT) -> None:
+    """Keep documents apart by FlexAttention from now on, which is compiled at its first use, within blocks or alone."""
+    use_flex_attention(model, torch.compile(flex_attention))
+
+
+def use_flex_attention(model: GPT, kernel: FlexKernel) -> None:
+    """Keep documents apart by `kernel` from now on; uncompiled it stores all scores, and on CPUs has no backward."""
+    model.flex_attention = True
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        block.attention.flex_kernel = kernel
 
 
 def compile_loss(model: GPT) -> None:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from megagpt.config.schema import ModelConfig
 from megagpt.model.gpt import GPT
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
@@ -43,14 +44,23 @@ def initialize_weights(model: GPT, seed: int, gather: Gather = nullcontext) -> N
                 parameter.copy_(_normal(parameter.shape, std, seed, name))
 
 
-def parameter_kind(name: str) -> Literal["norm", "bias", "embedding", "matrix"]:
-    """What parameter `name` is: weight or bias of a norm, bias of a linear layer, embedding table, or matrix."""
+def parameter_kind(name: str) -> Literal["norm", "bias", "embedding", "head", "matrix"]:
+    """What parameter `name` is: of a norm, bias of a linear layer, embedding table, output head, or matrix inside."""
     module, _, leaf = name.rpartition(".")
     if module.endswith("norm"):
         return "norm"
     if leaf == "bias":
         return "bias"
+    if module == "head":
+        return "head"
     return "embedding" if module.endswith("embedding") else "matrix"
+
+
+def stacked_heights(name: str, config: ModelConfig) -> list[int] | None:
+    """Rows of each of the matrices stacked in matrix `name`: of queries, keys and values; None if it is one matrix."""
+    if not name.endswith("attention.qkv.weight"):
+        return None
+    return [heads * config.head_dim for heads in (config.num_attention_heads, config.kv_heads, config.kv_heads)]
 
 
 def _normal(shape: torch.Size, std: float, seed: int, name: str) -> Tensor:

@@ -15,11 +15,15 @@ Rotary = tuple[Tensor, Tensor]
 def position_ids(seq_len: int, offset: int, document_ids: Tensor | None, device: torch.device) -> Tensor:
     """Positions (batch or 1, seq) int64: offset, offset + 1, ...; with document_ids 0, 1, ... in each document."""
     index = torch.arange(offset, offset + seq_len, device=device).unsqueeze(0)
-    if document_ids is None:
-        return index
-    starts = torch.ones_like(document_ids, dtype=torch.bool)
-    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-    return index - torch.where(starts, index, 0).cummax(dim=1).values
+    return index if document_ids is None else index - document_starts(document_ids)
+
+
+def document_starts(document_ids: Tensor) -> Tensor:
+    """Index of the first token of each token's document: ids (batch, seq) int -> (batch, seq) int64."""
+    index = torch.arange(document_ids.shape[1], device=document_ids.device)
+    is_start = torch.ones_like(document_ids, dtype=torch.bool)
+    is_start[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return torch.where(is_start, index, 0).cummax(dim=1).values
 
 
 def sinusoidal_embedding(positions: Tensor, hidden_size: int) -> Tensor:

@@ -8,6 +8,7 @@ that whatever else the machine does slows both.
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from megagpt.data.loader import Batch
 from megagpt.errors import UsageError
 from megagpt.model.counts import flops_per_token
 from megagpt.model.gpt import GPT
-from megagpt.model.init import initialize_weights, parameter_kind
+from megagpt.model.init import initialize_weights, parameter_kind, stacked_heights
 from megagpt.training.engine import Engine
 from megagpt.training.optimizer import build_optimizer, parameter_groups
 
@@ -40,7 +41,7 @@ def compare_with_plain_loop(
     engine = Engine(config, micro_batch_size, accumulation_steps, device)
     micro_batches = [batch[i : i + micro_batch_size] for i in range(0, len(batch), micro_batch_size)]
     contenders: dict[str, Callable[[], object]] = {
-        "megagpt": lambda: engine.step(micro_batches, config.optimizer.lr).loss.item(),
+        "megagpt": lambda: engine.step(micro_batches, config.optimizer.lr).read(),
         "plain": _plain_step(config, micro_batches, device),
     }
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
@@ -82,7 +83,9 @@ class _PlainGPT(nn.Module):
 def _plain_step(config: RunConfig, micro_batches: list[Batch], device: torch.device) -> Callable[[], object]:
     model = GPT(config.model).to(device)
     initialize_weights(model, config.train.seed)
-    optimizer = build_optimizer(parameter_groups(model, config.optimizer, parameter_kind), config.optimizer)
+    heights = partial(stacked_heights, config=config.model)
+    groups = parameter_groups(model, config.optimizer, parameter_kind, heights)
+    optimizer = build_optimizer(groups, config.optimizer, config.train.precision)
     compiled = torch.compile(_PlainGPT(model)) if config.train.compile else _PlainGPT(model)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.train.precision]
 

@@ -110,6 +110,14 @@ class Tokenizer:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
+def token_byte_lengths(tokenizer: Tokenizer) -> npt.NDArray[np.int64]:
+    """Bytes of UTF-8 that each token id stands for: (vocab_size); 0 for special tokens and ids without a token."""
+    lengths = np.zeros(tokenizer.vocab_size, np.int64)
+    for token, rank in tokenizer.ranks.items():
+        lengths[rank] = len(token)
+    return lengths
+
+
 def load_tokenizer(name_or_path: str | Path, vocab_dir: str | Path | None = None) -> Tokenizer:
     """The tokenizer of this name, or of this file.
 

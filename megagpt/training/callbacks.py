@@ -1,157 +1,202 @@
-"""What hangs on the training loop: evaluation, metrics, checkpoints."""
+"""What hangs on the training loop beside its measuring: evaluation, samples, checkpoints, profiles."""
 
 import math
-import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from megagpt.data.loader import ValidationData
-from megagpt.model.counts import flops_per_token
-from megagpt.training.checkpoint import CheckpointManifest, save_checkpoint
-from megagpt.training.metrics import Record, Sink
-from megagpt.training.trainer import Callback, StepInfo, Trainer
-
-
-class Metrics(Callback):
-    """Collects a record every `logging.every` steps and hands records to the sinks (rank 0 has them).
-
-    A step's loss is read from the device after the next step was given to it, so that the device does not idle. Step
-    times are wall time from record to record less what evaluation and checkpoints took, divided by the steps.
-    """
-
-    def __init__(self, sinks: Sequence[Sink], peak_flops: float | None, skipped_steps: int) -> None:
-        """peak_flops: of one rank's device, FLOP/s. skipped_steps: by the steps before this process's first."""
-        self.skipped_steps = skipped_steps
-        self._sinks = sinks
-        self._peak_flops = peak_flops
-        self._mark = 0.0
-        self._pending: tuple[Record, torch.Tensor, torch.Tensor | float] | None = None
-        self._interval: list[StepInfo] = []
-
-    def on_start(self, trainer: Trainer) -> None:
-        self._mark = time.perf_counter()
-
-    def on_step(self, trainer: Trainer, info: StepInfo) -> None:
-        self.flush()
-        self._interval.append(info)
-        self.skipped_steps += not info.result.applied
-        if trainer.step % trainer.config.logging.every == 0 or trainer.finished:
-            loss = info.result.loss.clone()
-            dist.all_reduce(loss)
-            self._pending = (self._record(trainer, info), loss, info.result.grad_norm)
-            self._interval = []
-        if trainer.finished:
-            self.flush()
-
-    def on_end(self, trainer: Trainer) -> None:
-        self.flush()
-        for sink in self._sinks:
-            sink.close(completed=trainer.finished)
-
-    def write(self, record: Record) -> None:
-        """Hand a record to all sinks, after the step's own that may still be pending."""
-        self.flush()
-        for sink in self._sinks:
-            sink.write(record)
-
-    def exclude(self, seconds: float) -> None:
-        """Leave out of the step times what was no training."""
-        self._mark += seconds
-
-    def flush(self) -> None:
-        """Read the pending step's numbers from the device and hand them on."""
-        if self._pending is None:
-            return
-        record, loss, grad_norm = self._pending
-        self._pending = None
-        record["loss"], record["grad_norm"] = float(loss), float(grad_norm)
-        for sink in self._sinks:
-            sink.write(record)
-
-    def _record(self, trainer: Trainer, info: StepInfo) -> Record:
-        config = trainer.config
-        tokens_per_step = config.train.global_batch_size * config.seq_len
-        now = time.perf_counter()
-        step_seconds = (now - self._mark) / len(self._interval)
-        self._mark = now
-        tokens_per_second = tokens_per_step / step_seconds
-        flops_per_second = tokens_per_second * flops_per_token(config.model, config.seq_len)
-        return {
-            "kind": "train",
-            "step": info.step,
-            "tokens": info.step * tokens_per_step,
-            "loss": math.nan,
-            "lr": info.lr,
-            "grad_norm": math.nan,
-            "step_seconds": step_seconds,
-            "data_seconds": sum(step.data_seconds for step in self._interval) / len(self._interval),
-            "tokens_per_second": tokens_per_second,
-            "mfu": flops_per_second / (dist.get_world_size() * self._peak_flops) if self._peak_flops else None,
-            "skipped_steps": self.skipped_steps,
-            "peak_memory_bytes": peak_memory_bytes(trainer.engine.device),
-            "eta_seconds": (config.train.steps - info.step) * step_seconds,
-        }
+from megagpt.errors import UserError
+from megagpt.training.checkpoint import CheckpointManifest
+from megagpt.training.recording import Metrics
+from megagpt.training.saving import CheckpointWriter
+from megagpt.training.step import EvaluationResult, StepNumbers
+from megagpt.training.trainer import Callback, Progress, StepInfo, Trainer
 
 
 class Evaluation(Callback):
-    """Mean loss over each validation dataset, every `evaluation.every` steps and after the last."""
+    """Mean loss over each validation dataset, every `evaluation.every` steps and after the last.
 
-    def __init__(self, datasets: dict[str, ValidationData], metrics: Metrics) -> None:
-        self._datasets = datasets
-        self._metrics = metrics
+    A signal cuts it off between two batches; a run that goes on after that does it first of all.
+    """
+
+    def __init__(
+        self, datasets: dict[str, ValidationData], metrics: Metrics, write_samples: Callable[[Trainer], None]
+    ) -> None:
+        """write_samples: called after each evaluation, on all ranks."""
+        self._datasets, self._metrics, self._write_samples = datasets, metrics, write_samples
+
+    def on_start(self, trainer: Trainer) -> None:
+        if trainer.progress.evaluation_due:
+            self._evaluate(trainer)
 
     def on_step(self, trainer: Trainer, info: StepInfo) -> None:
-        if not trainer.due(trainer.config.evaluation.every):
-            return
+        if trainer.due(trainer.config.evaluation.every):
+            trainer.settle()
+            self._evaluate(trainer)
+
+    def _evaluate(self, trainer: Trainer) -> None:
         for name, data in self._datasets.items():
             started = time.perf_counter()
-            loss, targets = trainer.engine.evaluate(data)
+            found = trainer.engine.evaluate(data, partial(self._interrupted, trainer, name))
             seconds = time.perf_counter() - started
-            self._metrics.exclude(seconds)
-            self._metrics.write(
-                {
-                    "kind": "validation",
-                    "step": trainer.step,
-                    "dataset": name,
-                    "loss": loss,
-                    "perplexity": math.exp(min(loss, 700.0)),
-                    "targets": targets,
-                    "seconds": seconds,
-                }
-            )
+            self._metrics.exclude("evaluation", seconds)
+            trainer.progress.evaluation_due = found is None
+            if found is None:
+                return
+            self._metrics.write(_validation_record(trainer.step, name, found, seconds))
+        started = time.perf_counter()
+        self._write_samples(trainer)
+        self._metrics.exclude("evaluation", time.perf_counter() - started)
+
+    @staticmethod
+    def _interrupted(trainer: Trainer, name: str) -> bool:
+        trainer.supervisor.beat(f"step {trainer.step}: evaluation on {name}")
+        return trainer.check_stop()
+
+
+def _validation_record(step: int, name: str, found: EvaluationResult, seconds: float) -> dict[str, object]:
+    return {
+        "kind": "validation",
+        "step": step,
+        "dataset": name,
+        "loss": found.loss,
+        "perplexity": math.exp(min(found.loss, 700.0)),
+        "bits_per_byte": found.loss * found.targets / math.log(2) / found.bytes if found.bytes else None,
+        "targets": found.targets,
+        "seconds": seconds,
+    }
 
 
 class Checkpointing(Callback):
-    """Saves every `checkpoint.every` steps and after the last."""
+    """Saves every `checkpoint.every` steps, after the last, and when the run is asked to stop."""
 
-    def __init__(self, folder: Path, template: CheckpointManifest, metrics: Metrics) -> None:
-        self._folder = folder
-        self._template = template
-        self._metrics = metrics
+    def __init__(self, folder: Path, template: CheckpointManifest, metrics: Metrics, resaves: bool = False) -> None:
+        """resaves: whether what happens before the first step changes what the newest checkpoint says."""
+        self._folder, self._template, self._metrics, self._resaves = folder, template, metrics, resaves
+        self._writer: CheckpointWriter | None = None
+        self._last_skipped = self._postponed = False
+
+    def on_start(self, trainer: Trainer) -> None:
+        self._writer = CheckpointWriter(self._folder, trainer.config.checkpoint.keep)
+        trainer.busy = lambda: self._writer is not None and self._writer.busy
+        if self._resaves and trainer.finished and not trainer.progress.evaluation_due:
+            self.save(trainer)
 
     def on_step(self, trainer: Trainer, info: StepInfo) -> None:
-        if not trainer.due(trainer.config.checkpoint.every):
+        assert self._writer is not None
+        if self._writer.pending and not trainer.any_busy:
+            self.finish(trainer)
+        if not (trainer.stopping or self._postponed or trainer.due(trainer.config.checkpoint.every)):
             return
-        self._metrics.flush()  # a checkpoint promises that everything up to its step has been logged
+        trainer.settle()  # a checkpoint promises that everything up to its step has been logged
+        # Among steps that are not finite none is worth keeping: if they do not end, the one before them is saved.
+        self._postponed = self._last_skipped and not (trainer.stopping or trainer.finished)
+        if not self._postponed:
+            self.save(trainer)
+            trainer.check_stop()
+
+    def on_numbers(self, trainer: Trainer, info: StepInfo, numbers: StepNumbers) -> None:
+        self._last_skipped = numbers.skipped
+
+    def on_end(self, trainer: Trainer) -> None:
+        self._writer = None  # a save that is under way is of no use without the other ranks; a thread ends with us
+
+    def save(self, trainer: Trainer, progress: Progress | None = None) -> None:
+        """Save the weights as they are, as those of `progress` (default: the trainer's); waits if the run ends here."""
+        assert self._writer is not None
+        if self._writer.pending:
+            self.finish(trainer)
         started = time.perf_counter()
-        progress = {
-            "step": trainer.step,
-            "consumed_samples": trainer.consumed_samples,
-            "skipped_steps": self._metrics.skipped_steps,
-        }
-        manifest = self._template.model_copy(update=progress)
-        path = save_checkpoint(self._folder, manifest, trainer.engine.save, trainer.config.checkpoint.keep)
-        seconds = time.perf_counter() - started
-        self._metrics.exclude(seconds)
-        self._metrics.write({"kind": "checkpoint", "step": trainer.step, "path": str(path), "seconds": seconds})
+        trainer.supervisor.beat(f"step {trainer.step}: checkpoint")
+        engine, asynchronous = trainer.engine, trainer.config.checkpoint.asynchronous
+        last = trainer.finished or trainer.stopping or progress is not None
+        manifest = self._template.model_copy(update=asdict(progress or trainer.progress))
+        try:
+            self._writer.begin(manifest, lambda folder: engine.save(folder, snapshot=asynchronous and not last))
+        except UserError as error:
+            self._failed(trainer, error)
+        finally:
+            self._metrics.exclude("checkpoint", time.perf_counter() - started)
+        if last or not asynchronous:
+            self.finish(trainer)
+
+    def finish(self, trainer: Trainer) -> None:
+        """Wait for a save that is under way, and log it."""
+        assert self._writer is not None
+        if not self._writer.pending:
+            return
+        started = time.perf_counter()
+
+        def beat() -> None:
+            trainer.supervisor.beat(f"step {trainer.step}: end of a checkpoint")
+
+        try:
+            beat()
+            saved = self._writer.finish(beat)
+        except UserError as error:
+            self._failed(trainer, error)
+            return
+        finally:
+            self._metrics.exclude("checkpoint", time.perf_counter() - started)
+        self._metrics.write(
+            {
+                "kind": "checkpoint",
+                "step": saved.step,
+                "path": str(saved.path),
+                "seconds": saved.seconds,
+                "stall_seconds": saved.stall_seconds,
+                "bytes": saved.size,
+            }
+        )
+
+    def _failed(self, trainer: Trainer, error: UserError) -> None:
+        """A save failed on all ranks: an error, or with checkpoint.on_error=continue a record."""
+        last = trainer.finished or trainer.stopping
+        if last or trainer.config.checkpoint.on_error == "stop":
+            raise error
+        self._metrics.write(
+            {"kind": "event", "step": trainer.step, "event": "checkpoint_failed", "message": str(error)}
+        )
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory that this rank has held so far: torch's allocations on a GPU, else the process's resident set."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+class Profiling(Callback):
+    """torch's profiler around the steps that train.profile names; rank 0 writes run_dir/profile/steps_A-B.json.gz."""
+
+    def __init__(self, steps: str, folder: Path) -> None:
+        """steps: "10" or "steps 10-12", counted from 1."""
+        first, _, last = steps.removeprefix("steps ").partition("-")
+        self._first, self._last, self._folder = int(first), int(last or first), folder
+        self._profiler: torch.profiler.profile | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        self._start_before(trainer.step + 1)
+
+    def on_step(self, trainer: Trainer, info: StepInfo) -> None:
+        if self._profiler and (info.step >= self._last or trainer.finished):
+            self._stop(info.step)
+        self._start_before(info.step + 1)
+
+    def on_end(self, trainer: Trainer) -> None:
+        if self._profiler:
+            self._stop(trainer.step)
+
+    def _start_before(self, step: int) -> None:
+        if step == self._first and dist.get_rank() == 0:
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if torch.cuda.is_available():
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
+            self._profiler = torch.profiler.profile(activities=activities, record_shapes=True)
+            self._profiler.start()
+
+    def _stop(self, last: int) -> None:
+        assert self._profiler is not None
+        profiler, self._profiler = self._profiler, None
+        profiler.stop()
+        self._folder.mkdir(parents=True, exist_ok=True)
+        profiler.export_chrome_trace(str(self._folder / f"steps_{self._first}-{last}.json.gz"))

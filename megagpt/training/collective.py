@@ -37,3 +37,10 @@ def on_rank_0(function: Callable[[], T], group: dist.ProcessGroup | None = None)
     box = [value]
     dist.broadcast_object_list(box, src=0, group=group)
     return box[0]  # type: ignore[return-value]
+
+
+def first_answer(answer: T | None) -> T | None:
+    """The answer of the lowest rank that has one, on every rank; None if none has."""
+    answers: list[T | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, answer)
+    return next((found for found in answers if found is not None), None)

@@ -6,17 +6,19 @@ What this module guarantees on top of DeepSpeed, at every ZeRO stage:
   cut it;
 - gradients are accumulated and reduced in fp32, master weights are fp32 (stages 1-3: DeepSpeed's; stage 0 keeps fp32
   weights and computes under autocast, since DeepSpeed has no fp32 accumulation for 16-bit weights without ZeRO);
-- initial weights depend on the seed and a parameter's name alone, so all stages and world sizes start the same;
-- a step with a non-finite gradient changes nothing and says so.
+- random initial weights depend on the seed and a parameter's name alone, so all stages and world sizes start the same
+  (with 16-bit weights DeepSpeed rounds them before it makes the master weights; given ones arrive unrounded);
+- a step with a non-finite loss or gradient changes nothing and says so; in bf16 and fp32 the host never waits for the
+  device to learn it.
 """
 
 import io
 import logging
 import shutil
 import sysconfig
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, redirect_stdout
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +32,16 @@ from megagpt.config.schema import RunConfig
 from megagpt.data.loader import Batch
 from megagpt.data.samples import IGNORE_INDEX
 from megagpt.errors import UsageError, UserError
-from megagpt.model.gpt import GPT, compile_blocks, compile_loss
-from megagpt.model.init import initialize_weights, parameter_kind
-from megagpt.training.optimizer import build_optimizer, parameter_groups
+from megagpt.model.attention import missing_for_flex_attention
+from megagpt.model.gpt import GPT, compile_attention, compile_blocks, compile_loss
+from megagpt.model.init import initialize_weights, parameter_kind, stacked_heights
+from megagpt.training.checkpoint import SHARDS
+from megagpt.training.host_syncs import decided_on_device
+from megagpt.training.initial_weights import InitialWeights, copy_master_weights, copy_weights
+from megagpt.training.optimizer import apply_settings, build_optimizer, parameter_groups
 from megagpt.training.shards import PARAMETER_NAMES
+from megagpt.training.snapshot import CollectingEngine
+from megagpt.training.step import EvaluationResult, StepClock, StepResult
 from megagpt.training.universal_loading import load_universal
 
 logger = logging.getLogger(__name__)
@@ -53,21 +61,6 @@ _OWNED_OPTIONS = {
     "torch_autocast": "train.precision",
     "data_types": "train.precision: gradients are always accumulated in fp32",
 }
-_SHARDS = "deepspeed"  # folder of DeepSpeed's own files inside a checkpoint
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One optimizer step, left on the device so that reading it is the caller's choice of moment.
-
-    loss: this rank's share of the global mean loss (fp32 scalar; the sum over ranks is the loss).
-    grad_norm: global L2 norm of the gradient before clipping (tensor or float; inf when not finite).
-    applied: whether the weights changed; False after a non-finite gradient.
-    """
-
-    loss: torch.Tensor
-    grad_norm: torch.Tensor | float
-    applied: bool
 
 
 def deepspeed_options(
@@ -87,6 +80,9 @@ def deepspeed_options(
     for key, owner in _OWNED_OPTIONS.items():
         if _has(config.deepspeed, key.split(".")):
             raise UsageError(f"section deepspeed: {key} is set by {owner}; change that instead")
+    for key in ("round_robin_gradients", "offload_optimizer"):
+        if config.optimizer.name == "muon" and _has(config.deepspeed, ["zero_optimization", key]):
+            raise UsageError(f"section deepspeed: zero_optimization.{key} does not work with optimizer.name muon")
     options: dict[str, Any] = {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -105,6 +101,8 @@ def deepspeed_options(
         else:
             options[precision] = {"enabled": True}
             options["data_types"] = {"grad_accum_dtype": "fp32"}
+            if precision == "bf16":
+                options["bf16"]["check_grad_overflow"] = False  # the engine below checks, on the device
     return _merge(options, config.deepspeed)
 
 
@@ -117,7 +115,9 @@ class Engine:
         micro_batch_size: int,
         gradient_accumulation_steps: int,
         device: torch.device,
+        initial_weights: InitialWeights | None = None,
     ) -> None:
+        """initial_weights: what a new run starts from; None: random weights."""
         self.config = config
         self.device = device
         self.micro_batch_size = micro_batch_size
@@ -125,28 +125,43 @@ class Engine:
         self.zero_stage = int(self.options["zero_optimization"]["stage"])
         try:
             with deepspeed_output_to_log():
-                model = self._build_model()
-                groups = parameter_groups(model, config.optimizer, parameter_kind)
+                model = self._build_model(initial_weights)
+                heights = partial(stacked_heights, config=config.model)
+                groups = parameter_groups(model, config.optimizer, parameter_kind, heights)
                 self._parameter_names = _names_by_group(model, groups)
-                optimizer = build_optimizer(groups, config.optimizer)
+                optimizer = build_optimizer(groups, config.optimizer, config.train.precision)
                 self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.options)
+                self._files = CollectingEngine(self._engine.checkpoint_engine)
+                self._engine.checkpoint_engine = self._files
+                self._engine._copy_recovery_script = lambda save_path: None  # see megagpt.training.saving
+                if initial_weights and self.zero_stage > 0 and config.train.precision != "fp32":
+                    copy_master_weights(self._engine.module, initial_weights)
         except (AssertionError, TypeError, ValueError) as error:
             if not config.deepspeed:
                 raise  # our own options are wrong: a bug
             reason = " ".join(str(error).split())
             raise UsageError(f"section deepspeed: DeepSpeed refuses its options: {reason}") from error
+        self._on_device = config.train.precision != "fp16"  # fp16's loss scale is decided on the host
+        self._loss = self._grad_norm = self._skipped = torch.zeros((), device=device)
+        if self._on_device:
+            optimizer.register_step_pre_hook(self._skip_if_not_finite)
         if config.train.compile:
             if missing := missing_for_compile():
                 logger.warning("training uncompiled, which is slower: torch.compile needs %s", missing)
             else:
                 compile_loss(self._engine.module)
+                if config.data.document_mask and device.type == "cuda":
+                    if missing := missing_for_flex_attention(config.model, device):
+                        logger.warning("masking documents by seq_len^2 masks: FlexAttention needs %s", missing)
+                    else:
+                        compile_attention(self._engine.module)
                 # At stage 3 DeepSpeed's hooks gather weights before every submodule: each would break the block's
                 # graph and, with guards of their own, compile it anew until torch gives up.
                 if self.zero_stage < 3:
                     compile_blocks(self._engine.module)
 
     @property
-    def module(self) -> nn.Module:
+    def module(self) -> GPT:
         """The GPT itself; its weights are partitioned at stage 3."""
         return self._engine.module
 
@@ -155,57 +170,95 @@ class Engine:
         self._engine.train()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        clock = StepClock(self.device)
         batches = [self._to_device(batch) for batch in micro_batches]
         targets = torch.stack([(batch.targets != IGNORE_INDEX).sum() for batch in batches]).sum()
         dist.all_reduce(targets)
+        targets.clamp_(min=1)  # a batch whose targets are all masked has loss 0
         loss = torch.zeros((), device=self.device)
-        grad_norm: torch.Tensor | float = 0.0
-        applied = False
-        for index, batch in enumerate(batches):
-            # DeepSpeed averages gradients over ranks; times world size makes that the sum, over targets the mean.
-            loss_sum = self._engine(batch.input_ids, batch.targets, batch.document_ids)
-            loss += loss_sum.detach() / targets
-            self._engine.backward(loss_sum * (dist.get_world_size() / targets), scale_wrt_gas=False)
-            if self.zero_stage == 0 and index == len(batches) - 1:
-                grad_norm, applied = self._clip_unsharded_gradients()
-            self._engine.step()
-        if self.zero_stage > 0:
-            grad_norm, applied = self._engine.get_global_grad_norm(), self._engine.was_step_applied()
-        return StepResult(loss, grad_norm, applied)
+        with decided_on_device() if self._on_device else nullcontext():
+            for index, batch in enumerate(batches):
+                last = index == len(batches) - 1
+                self._engine.set_gradient_accumulation_boundary(last)
+                loss_sum = clock.forward(partial(self._engine, batch.input_ids, batch.targets, batch.document_ids))
+                loss += loss_sum.detach() / targets
+                # DeepSpeed averages gradients over ranks; times world size makes that the sum, over targets the mean.
+                self._engine.backward(loss_sum * (dist.get_world_size() / targets), scale_wrt_gas=False)
+                if last:
+                    clock.end_backward()
+                    dist.all_reduce(loss)
+                    self._loss = loss
+                    if self.zero_stage == 0:
+                        self._clip_unsharded_gradients()
+                self._engine.step()
+        clock.end()
+        return StepResult(torch.stack([loss, *self._outcome()]), clock)
+
+    def _outcome(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradient norm and whether the step was skipped, fp32 scalars on the device."""
+        if self._on_device:
+            return torch.where(self._skipped > 0, torch.inf, self._grad_norm), self._skipped
+        if self.zero_stage == 0:
+            return self._grad_norm, (~torch.isfinite(self._grad_norm)).float()
+        norm = torch.tensor(float(self._engine.get_global_grad_norm()), device=self.device)
+        return norm, torch.tensor(float(not self._engine.was_step_applied()), device=self.device)
+
+    def _skip_if_not_finite(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Before the optimizer steps: tell its kernels, by a tensor, whether to leave everything as it is."""
+        if self.zero_stage:
+            norm = self._engine.optimizer._global_grad_norm
+            self._grad_norm = torch.as_tensor(norm, dtype=torch.float32, device=self.device)
+        # DeepSpeed puts -1 for a norm that is not finite.
+        finite = torch.isfinite(self._grad_norm) & (self._grad_norm >= 0) & torch.isfinite(self._loss)
+        self._skipped = (~finite).float()
+        on_host = self.config.parallel.offload_optimizer
+        optimizer.found_inf = self._skipped.cpu() if on_host else self._skipped  # type: ignore[attr-defined]
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
-        """Mean loss over all targets of all ranks' batches, and their number. Every rank must bring as many batches."""
+    def evaluate(
+        self, batches: Iterable[Batch], interrupted: Callable[[], bool] = lambda: False
+    ) -> EvaluationResult | None:
+        """Mean loss over all targets of all ranks' batches. Every rank must bring as many batches as the others.
+
+        None if `interrupted`, which is asked on every rank before each batch and must answer the same on all, said so.
+        """
         self._engine.eval()
-        totals = torch.zeros(2, dtype=torch.float64, device=self.device)
+        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
         for batch in batches:
+            if interrupted():
+                return None
             moved = self._to_device(batch)
             totals[0] += self._engine(moved.input_ids, moved.targets, moved.document_ids)
             totals[1] += (moved.targets != IGNORE_INDEX).sum()
+            if moved.target_bytes is not None:
+                totals[2] += moved.target_bytes.sum()
         dist.all_reduce(totals)
-        loss_sum, count = totals.tolist()
-        return loss_sum / max(count, 1), int(count)
+        loss_sum, count, size = totals.tolist()
+        return EvaluationResult(loss_sum / max(count, 1), int(count), int(size) or None)
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's part of weights and optimizer state below `folder`; all ranks call it."""
+    def save(self, folder: Path, snapshot: bool) -> dict[Path, Any]:
+        """Contents of this rank's files of weights and optimizer state, to be written below `folder`.
+
+        All ranks call it; nothing is written. snapshot: copies in host memory, instead of what the next step changes.
+        """
+        self._files.snapshot, self._files.contents = snapshot, {}
         state: dict[str, Any] = {PARAMETER_NAMES: self._parameter_names}
         # DeepSpeed saves its loss scalers, but not the one it uses at stage 0.
         if scaler := self._engine.torch_autocast_z0_gradscaler:
             state["loss_scaler"] = scaler.state_dict()
-        self._engine.save_checkpoint(str(folder), tag=_SHARDS, client_state=state, save_latest=False)
+        self._engine.save_checkpoint(str(folder), tag=SHARDS, client_state=state, save_latest=False)
+        contents, self._files.contents = self._files.contents, {}
+        return contents
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote at the same world size and ZeRO stage; all ranks call it."""
-        path, state = self._engine.load_checkpoint(str(folder), tag=_SHARDS)
+        path, state = self._engine.load_checkpoint(str(folder), tag=SHARDS)
         if path is None:
             raise UserError(f"{folder}: DeepSpeed found no checkpoint in it")
         if self._engine.torch_autocast_z0_gradscaler:
             self._engine.torch_autocast_z0_gradscaler.load_state_dict(state["loss_scaler"])
         # The checkpoint brings the optimizer's settings with it; what the configuration says now counts.
-        optimizer = self.config.optimizer
-        for group in self._engine.optimizer.param_groups:
-            group["betas"], group["eps"] = optimizer.betas, optimizer.eps
-            group["weight_decay"] = optimizer.weight_decay if group["decayed"] else 0.0
+        apply_settings(self._engine.optimizer.param_groups, self.config.optimizer)
 
     def load_universal(self, form: Path) -> None:
         """Read the universal form of a checkpoint that any world size, ZeRO stage and precision wrote; all ranks."""
@@ -216,37 +269,29 @@ class Engine:
         """Free DeepSpeed's hooks and buffers, so that another engine can live in this process."""
         self._engine.destroy()
 
-    def _build_model(self) -> GPT:
+    def _build_model(self, weights: InitialWeights | None) -> GPT:
         seed, checkpointing = self.config.train.seed, self.config.train.activation_checkpointing
         if self.zero_stage < 3:
             model = GPT(self.config.model, activation_checkpointing=checkpointing)
-            initialize_weights(model, seed)
+            copy_weights(model, weights) if weights else initialize_weights(model, seed)
             return model.to(self.device)
         # Each layer is sharded as it is made: no rank ever holds the whole model. The dtype comes from the options; a
         # dtype argument would be ignored on a CPU, where DeepSpeed 0.19 takes bf16 instead.
         with deepspeed.zero.Init(config_dict_or_path=self.options):
             model = GPT(self.config.model, activation_checkpointing=checkpointing)
-        initialize_weights(model, seed, gather=_gathered)
+        copy_weights(model, weights, _gathered) if weights else initialize_weights(model, seed, _gathered)
         return model
 
-    def _clip_unsharded_gradients(self) -> tuple[torch.Tensor, bool]:
-        """Stage 0, where DeepSpeed would clip but not tell the norm: clip; return the norm and whether it is finite.
-
-        A non-finite gradient is dropped, so that the following step does nothing; with fp16 that is the scaler's work.
-        """
-        parameters = [p for p in self.module.parameters() if p.grad is not None]
+    def _clip_unsharded_gradients(self) -> None:
+        """Stage 0, where DeepSpeed would clip but not tell the norm. A gradient that is not finite stays so."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         scaler = self._engine.torch_autocast_z0_gradscaler
         scale = scaler.get_scale() if scaler else 1.0
-        scaled_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = scaled_norm / scale
-        if not torch.isfinite(norm):
-            if not scaler:
-                for parameter in parameters:
-                    parameter.grad = None
-            return torch.full_like(norm, torch.inf), False
+        scaled_norm = nn.utils.get_total_norm(gradients)
+        self._grad_norm = scaled_norm / scale
         if limit := self.config.optimizer.grad_clip:
-            nn.utils.clip_grads_with_norm_(parameters, limit * scale, scaled_norm)
-        return norm, True
+            factor = torch.clamp(limit * scale / (scaled_norm + 1e-6), max=1.0)
+            torch._foreach_mul_(gradients, factor)
 
     def _to_device(self, batch: Batch) -> Batch:
         return batch.to(self.device, non_blocking=True)

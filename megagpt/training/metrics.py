@@ -31,6 +31,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+import orjson
+
 from megagpt.data.atomic import replace_file
 from megagpt.errors import UserError
 
@@ -63,28 +65,41 @@ class JsonLines:
         self._file.close()
 
 
-def _without_nan(record: Record) -> Record:
+def _without_nan(value: Any) -> Any:
     """JSON has no NaN and no infinity: null."""
-    return {
-        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
-    }
+    if isinstance(value, dict):
+        return {key: _without_nan(entry) for key, entry in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_metrics(path: Path) -> Iterator[Record]:
     """The records of metrics.jsonl; a last line cut short by a kill is left out. Raises UserError on other damage."""
-    lines = path.read_bytes().split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            record = json.loads(line)
-        except ValueError:
-            if number == len(lines):  # no newline followed: the write was interrupted
-                return
-            record = None
-        if not isinstance(record, dict) or not {"kind", "step"} <= record.keys():
-            raise UserError(f"{path}:{number}: not a record of metrics; the file is damaged")
-        yield record
+    return (record for _, record in numbered_records(path))
+
+
+def numbered_records(path: Path) -> Iterator[tuple[int, Record]]:
+    """The records as read_metrics gives them, each with the number of its line; the file is read piece by piece."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line == b"\n":
+                continue
+            try:
+                record = _parsed(line)
+            except ValueError:
+                if not line.endswith(b"\n"):  # the last line, and its write was interrupted
+                    return
+                record = None
+            if not isinstance(record, dict) or "kind" not in record or "step" not in record:
+                raise UserError(f"{path}:{number}: not a record of metrics; the file is damaged")
+            yield number, record
+
+
+def _parsed(line: bytes) -> Any:
+    """One line of JSON. orjson is four times faster, and refuses the NaN of files written before null stood for it."""
+    try:
+        return orjson.loads(line)
+    except orjson.JSONDecodeError:
+        return json.loads(line)
 
 
 def drop_records_after(path: Path, step: int) -> int:

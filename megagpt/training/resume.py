@@ -5,32 +5,89 @@ goes on where it was stopped.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection
 from pathlib import Path
+from typing import NamedTuple
 
-from megagpt.config.schema import Change, RunConfig
-from megagpt.errors import UsageError
+import torch.distributed as dist
+
+from megagpt.config.schema import RunConfig
+from megagpt.data.history import BlendHistory, continue_history
+from megagpt.errors import AgreedError, UsageError
 from megagpt.training.checkpoint import (
     CheckpointManifest,
     complete_checkpoints,
+    damage_of,
     find_checkpoint,
     newest_checkpoint,
     read_manifest,
 )
+from megagpt.training.collective import first_answer, on_rank_0, together
 
 logger = logging.getLogger(__name__)
 
-_COMPARED = (
-    *("seq_len", "document_mask", "seed", "global_batch_size", "data_fingerprint"),
-    *("precision", "no_decay"),
-)
+# What must be as it was: the manifest's key, and what checkpoint.allow_changes calls it (None: never).
+_COMPARED: dict[str, str | None] = {
+    "document_mask": "document_mask",
+    "seed": None,
+    "global_batch_size": "batch_size",
+    "rampup": "batch_size",
+    "precision": "precision",
+    "optimizer": None,
+    "no_decay": None,
+}
+_AS_IT_WAS = "set it as it was, or start a new run in another train.run_dir"
 _ADVICE = {
-    "data_fingerprint": "the datasets or their weights changed; give data.train as it was, or start a new run",
+    "data": "give data.train as it was",
 }
 
 
-def choose_checkpoint(config: RunConfig, expected: CheckpointManifest) -> Path | None:
-    """The checkpoint to continue from, None for a new run. Raises UserError if it does not fit the configuration."""
+class Resumption(NamedTuple):
+    """Where a run continues."""
+
+    checkpoint: Path
+    manifest: CheckpointManifest
+    history: BlendHistory
+    """How the run goes on reading its datasets."""
+    changes: list[str]
+    """What differs from the run that wrote it, as checkpoint.allow_changes permits."""
+
+
+def find_resumption(config: RunConfig, expected: CheckpointManifest) -> Resumption | None:
+    """The checkpoint to continue from, read whole and compared with its checksums; None for a new run.
+
+    All ranks call it and share the reading. A damaged checkpoint is passed over for the one before, unless
+    checkpoint.resume names it. Raises AgreedError if none is whole, or what it holds does not fit the configuration.
+    """
+    damaged: set[Path] = set()
+    while checkpoint := on_rank_0(lambda: choose_checkpoint(config, damaged)):
+        problem = first_answer(damage_of(checkpoint, dist.get_rank(), dist.get_world_size()))
+        if problem is None:
+            return together(lambda: _fitting(checkpoint, expected, config.checkpoint.allow_changes))
+        if config.checkpoint.resume != "auto":
+            raise AgreedError(problem, exit_code=1)
+        logger.warning("not using %s", problem)
+        damaged.add(checkpoint)
+    return None
+
+
+def _fitting(checkpoint: Path, expected: CheckpointManifest, allowed: Collection[str]) -> Resumption:
+    manifest = read_manifest(checkpoint)
+    changes = compare(checkpoint, manifest, expected, allowed)
+    history, differences = continue_history(manifest.data, manifest.consumed_samples, expected.data)
+    if refused := next((found for found in differences if found.kind not in allowed), None):
+        permission = _permission(None if refused.kind == "seed" else refused.kind)
+        raise UsageError(
+            f"cannot resume from {checkpoint}: {refused.text}; {_ADVICE.get(refused.kind, _AS_IT_WAS)}{permission}"
+        )
+    return Resumption(checkpoint, manifest, history, changes + [difference.text for difference in differences])
+
+
+def choose_checkpoint(config: RunConfig, damaged: Collection[Path] = ()) -> Path | None:
+    """The newest checkpoint to continue from, None for a new run. Raises UserError if there are only damaged ones.
+
+    damaged: checkpoints that are known to be so, beside those whose files are missing or too short.
+    """
     run_dir, resume = Path(config.train.run_dir), config.checkpoint.resume
     own = complete_checkpoints(run_dir / "checkpoints")
     if resume == "never":
@@ -41,12 +98,8 @@ def choose_checkpoint(config: RunConfig, expected: CheckpointManifest) -> Path |
             )
         return None
     if resume == "auto":
-        checkpoint = newest_checkpoint(run_dir / "checkpoints")
-    else:
-        checkpoint = _named_checkpoint(Path(resume), run_dir, own)
-    if checkpoint:
-        _compare(checkpoint, read_manifest(checkpoint), expected, config.checkpoint.allow_changes)
-    return checkpoint
+        return newest_checkpoint(run_dir / "checkpoints", damaged)
+    return _named_checkpoint(Path(resume), run_dir, own)
 
 
 def _named_checkpoint(named: Path, run_dir: Path, own: list[Path]) -> Path:
@@ -67,17 +120,33 @@ def _named_checkpoint(named: Path, run_dir: Path, own: list[Path]) -> Path:
     return newest
 
 
-def _compare(
-    checkpoint: Path, found: CheckpointManifest, expected: CheckpointManifest, allowed: Sequence[Change]
-) -> None:
-    """Raise UsageError naming what differs between the run that wrote `checkpoint` and this one."""
-    for key in _COMPARED:
-        if key == "precision" and key in allowed:
-            continue
+def compare(
+    checkpoint: Path, found: CheckpointManifest, expected: CheckpointManifest, allowed: Collection[str] = ()
+) -> list[str]:
+    """What differs between the run that wrote `checkpoint` and this one, as far as it is allowed.
+
+    Raises UsageError naming the first difference that is not.
+    """
+    changes = []
+    for key, name in _COMPARED.items():
         then, now = getattr(found, key), getattr(expected, key)
-        if then != now:
-            advice = _ADVICE.get(key, "set it as it was, or start a new run in another train.run_dir")
-            raise UsageError(f"cannot resume from {checkpoint}: {key} was {then} and is now {now}; {advice}")
+        if then == now:
+            continue
+        change = f"{key} was {then} and is now {now}"
+        if name not in allowed:
+            raise UsageError(
+                f"cannot resume from {checkpoint}: {change}; {_ADVICE.get(key, _AS_IT_WAS)}{_permission(name)}"
+            )
+        changes.append(change)
+    done = found.step if expected.schedule.unit == "steps" else found.consumed_samples * expected.seq_len
+    if difference := expected.schedule.difference(found.schedule, done):
+        if "schedule" not in allowed:
+            as_planned = f"schedule.decay_{expected.schedule.unit}={found.schedule.fall[1]}"
+            raise UsageError(
+                f"cannot resume from {checkpoint}: {difference}; set it as it was (a longer run keeps the planned "
+                f"curve by {as_planned}){_permission('schedule')}"
+            )
+        changes.append(difference)
     changed = [
         f"model.{key} was {then} and is now {expected.model.get(key)}"
         for key, then in found.model.items()
@@ -85,3 +154,8 @@ def _compare(
     ]
     if changed:
         raise UsageError(f"cannot resume from {checkpoint}: {', '.join(changed)}")
+    return changes
+
+
+def _permission(name: str | None) -> str:
+    return f", or say that it is meant by checkpoint.allow_changes=[{name}]" if name else ""

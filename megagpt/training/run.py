@@ -1,8 +1,13 @@
 """One training run from its configuration: check, build, resume, fit."""
 
+import logging
 import platform
+import time
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Literal
 
 import deepspeed
 import torch
@@ -10,134 +15,218 @@ import torch.distributed as dist
 from rich.console import Console
 
 import megagpt
-from megagpt.config import check_batch
+from megagpt.config import check_batches
 from megagpt.config.schema import RunConfig
-from megagpt.data.loader import BatchLoader, TrainingData, ValidationData
-from megagpt.data.manifest import common_tokenizer
-from megagpt.errors import UsageError
+from megagpt.data.loader import BatchLoader, TrainingData, ValidationData, step_windows
 from megagpt.model.counts import flops_per_token, parameter_count
 from megagpt.scaling.devices import peak_flops
 from megagpt.training import run_folder
-from megagpt.training.callbacks import Checkpointing, Evaluation, Metrics
-from megagpt.training.checkpoint import CheckpointManifest, read_manifest, verify_checksums
+from megagpt.training.callbacks import Checkpointing, Evaluation, Profiling
+from megagpt.training.checkpoint import CheckpointManifest, newest_checkpoint
 from megagpt.training.collective import on_rank_0, together
+from megagpt.training.control import HostGroup
 from megagpt.training.engine import Engine
-from megagpt.training.metrics import JsonLines, Sink
-from megagpt.training.resume import choose_checkpoint
+from megagpt.training.faults import LossSpikes, NonFiniteSteps, RollBackError
+from megagpt.training.initial_weights import open_initial_weights
+from megagpt.training.metrics import JsonLines, Record, Sink
+from megagpt.training.opening import open_data, sample_writer
+from megagpt.training.recording import Metrics
+from megagpt.training.resume import Resumption, find_resumption
+from megagpt.training.saving import restore_random_states
+from megagpt.training.schedule import Schedule
 from megagpt.training.sinks import ConsoleSink, TensorBoardSink, WandbSink
-from megagpt.training.trainer import Trainer
+from megagpt.training.supervision import Supervisor
+from megagpt.training.trainer import Callback, Progress, Trainer
 from megagpt.training.universal_loading import convert_together, needs_conversion
 
+logger = logging.getLogger(__name__)
 
-def train(config: RunConfig, device: torch.device, console: Console) -> None:
-    """Train to config.train.steps, continuing where the run folder's newest checkpoint ended.
+Outcome = Literal["finished", "stopped"]
 
-    Needs an initialised process group; every rank calls it. `console` is used on rank 0. Raises AgreedError for what
-    the user can mend.
+
+def train(config: RunConfig, device: torch.device, console: Console, supervisor: Supervisor | None = None) -> Outcome:
+    """Train to the run's last step, continuing where the run folder's newest checkpoint ended.
+
+    Needs an initialised process group; every rank calls it. `console` is used on rank 0. Returns "stopped" if the
+    supervisor asked to stop before the end: a checkpoint is saved then. Raises AgreedError for what the user can mend.
     """
+    supervisor = supervisor or Supervisor()
     rank, world_size = dist.get_rank(), dist.get_world_size()
+    supervisor.beat("opening the data")
     micro_batch_size, accumulation_steps = together(
-        lambda: check_batch(config.train.global_batch_size, config.train.micro_batch_size, world_size)
+        lambda: check_batches(config.train.batches, config.train.micro_batch_size, world_size)
     )
-    data, validation = together(lambda: _open_data(config, micro_batch_size, rank, world_size))
+    data, validation = together(lambda: open_data(config, micro_batch_size, rank, world_size))
     with ExitStack() as stack:
         lock = run_folder.locked(Path(config.train.run_dir)) if rank == 0 else nullcontext()
         together(lambda: stack.enter_context(lock))
+        supervisor.beat("verifying the newest checkpoint", patient=True)
         template = _describe(config, data, world_size)
-        checkpoint = on_rank_0(lambda: choose_checkpoint(config, template))
-        progress = together(lambda: read_manifest(checkpoint)) if checkpoint else template
-        if progress.step >= config.train.steps:
+        resumption = find_resumption(config, template)
+        progress = _progress(resumption)
+        if resumption:
+            data.follow(resumption.history)
+            template = template.model_copy(update={"data": data.history})
+        if progress.step >= config.total_steps and not progress.evaluation_due:
             if rank == 0:
-                done = f"{config.train.run_dir}: all {config.train.steps} steps are done"
+                done = f"{config.train.run_dir}: all {config.total_steps} steps are done"
                 console.print(f"{done}; raise train.steps to go on")
-            return
+            return "finished"
+        weights = None
+        if not resumption and (source := config.train.init_from):
+            weights = together(
+                lambda: open_initial_weights(Path(source), config.model, data.tokenizer, rank, world_size)
+            )
+        write_samples = together(lambda: sample_writer(config))
         on_rank_0(lambda: run_folder.prepare(config, data, progress.step))
         if rank == 0:
-            _print_plan(console, config, data, device, micro_batch_size, accumulation_steps, checkpoint)
-        form = None
-        if checkpoint and needs_conversion(progress, config, world_size):
-            form = convert_together(checkpoint, Path(config.train.run_dir) / "checkpoints", console)
-        engine = together(lambda: Engine(config, micro_batch_size, accumulation_steps, device))
+            _print_plan(console, config, data, device, micro_batch_size, accumulation_steps, resumption)
+        supervisor.beat("building the model")
+        engine = together(lambda: Engine(config, micro_batch_size, accumulation_steps, device, weights))
+        weights = None  # frees those of a checkpoint, which are whole in memory
         if rank == 0 and config.deepspeed:
             console.print(f"DeepSpeed options: {engine.options}")
-        if form:
-            engine.load_universal(form)
-        elif checkpoint:
-            together(lambda: verify_checksums(checkpoint, rank, world_size))
-            engine.load(checkpoint)
-        _fit(config, engine, data, validation, template, progress, console)
+        hosts = HostGroup()
+        stack.callback(hosts.close)
+        run = _Run(config, engine, data, validation, write_samples, template, hosts, supervisor, console)
+        if resumption:
+            run.load(resumption)
+        first = run.first_records(progress.step, resumption)
+        while True:
+            try:
+                outcome = run.fit(progress, first)
+                break
+            except RollBackError as error:
+                progress, first = run.roll_back(progress, error)
         engine.close()
+        return outcome
 
 
-def _fit(
-    config: RunConfig,
-    engine: Engine,
-    data: TrainingData,
-    validation: dict[str, ValidationData],
-    template: CheckpointManifest,
-    progress: CheckpointManifest,
-    console: Console,
-) -> None:
-    """Hang the callbacks on the loop and run the steps after `progress`."""
-    rank, device, run_dir = dist.get_rank(), engine.device, Path(config.train.run_dir)
-    metrics = Metrics(
-        together(lambda: _open_sinks(config, run_dir, progress.step, console) if rank == 0 else []),
-        peak_flops(torch.cuda.get_device_name(device), config.train.precision) if device.type == "cuda" else None,
-        progress.skipped_steps,
-    )
-    callbacks = [metrics, Evaluation(validation, metrics), Checkpointing(run_dir / "checkpoints", template, metrics)]
-    with BatchLoader(
-        data,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=engine.micro_batch_size,
-        rank=rank,
-        world_size=dist.get_world_size(),
-        start_sample=progress.consumed_samples,
-        stop_sample=config.train.steps * config.train.global_batch_size,
-        pin_memory=device.type == "cuda",
-    ) as loader:
-        Trainer(config, engine, loader, callbacks, rank).fit()
+class _Run:
+    """What stays the same while a run goes on, rollbacks included."""
 
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: Engine,
+        data: TrainingData,
+        validation: dict[str, ValidationData],
+        write_samples: Callable[[Trainer, Metrics], None],
+        template: CheckpointManifest,
+        hosts: HostGroup,
+        supervisor: Supervisor,
+        console: Console,
+    ) -> None:
+        self.config, self.engine, self.data, self.validation = config, engine, data, validation
+        self.write_samples, self.template, self.hosts = write_samples, template, hosts
+        self.supervisor, self.console = supervisor, console
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.run_dir = Path(config.train.run_dir)
+        self.checkpoints = self.run_dir / "checkpoints"
 
-def _open_data(
-    config: RunConfig, micro_batch_size: int, rank: int, world_size: int
-) -> tuple[TrainingData, dict[str, ValidationData]]:
-    """Training data, and validation data by name. Raises UserError for what is missing, damaged or does not fit."""
-    vocab_size = config.model.vocab_size
-    data = TrainingData(config.data.train, config.seq_len, config.train.seed, config.data.document_mask, vocab_size)
-    names = _distinct_names([source.path for source in config.data.validation])
-    validation = {
-        name: ValidationData(
-            source,
-            config.seq_len,
-            config.data.document_mask,
-            vocab_size,
-            global_batch_size=config.train.global_batch_size,
-            micro_batch_size=micro_batch_size,
-            rank=rank,
-            world_size=world_size,
-            max_batches=config.evaluation.batches,
+    def first_records(self, step: int, resumption: Resumption | None) -> list[Record]:
+        """What the metrics say of this start."""
+        start = {
+            "kind": "start",
+            "step": step,
+            "world_size": self.world_size,
+            "zero_stage": self.engine.zero_stage,
+            "precision": self.config.train.precision,
+            "micro_batch_size": self.engine.micro_batch_size,
+            "continues_from": resumption.checkpoint.name if resumption else None,
+        }
+        changes = resumption.changes if resumption else []
+        return [start, *({"kind": "event", "step": step, "event": "changed", "message": text} for text in changes)]
+
+    def load(self, resumption: Resumption) -> None:
+        """Give the engine the weights and optimizer state of a checkpoint, of whatever ranks and ZeRO stage it is."""
+        checkpoint, manifest = resumption.checkpoint, resumption.manifest
+        if needs_conversion(manifest, self.config, self.world_size):
+            self.supervisor.beat("converting the checkpoint", patient=True)
+            self.engine.load_universal(convert_together(checkpoint, self.checkpoints, self.console))
+            return
+        self.supervisor.beat("loading the checkpoint", patient=True)
+        self.engine.load(checkpoint)
+        restore_random_states(checkpoint, self.rank)
+
+    def fit(self, progress: Progress, first: list[Record]) -> Outcome:
+        """Hang the callbacks on the loop and run the steps after `progress`."""
+        config, device = self.config, self.engine.device
+        sinks = together(lambda: self._open_sinks(progress.step) if self.rank == 0 else [])
+        on_gpu = device.type == "cuda"
+        peak = peak_flops(torch.cuda.get_device_name(device), config.train.precision) if on_gpu else None
+        metrics = Metrics(sinks, peak, self.data.epochs, first)
+        evaluation = Evaluation(self.validation, metrics, lambda trainer: self.write_samples(trainer, metrics))
+        checkpointing = Checkpointing(self.checkpoints, self.template, metrics, resaves=progress.evaluation_due)
+
+        def has_checkpoint(trainer: Trainer) -> bool:
+            checkpointing.finish(trainer)
+            return on_rank_0(lambda: newest_checkpoint(self.checkpoints) is not None)
+
+        callbacks: list[Callback] = [
+            metrics,
+            NonFiniteSteps(metrics, checkpointing.save),
+            LossSpikes(metrics, has_checkpoint),
+            evaluation,
+            checkpointing,
+        ]
+        if config.train.profile:
+            callbacks.append(Profiling(config.train.profile, self.run_dir / "profile"))
+        remaining = config.total_steps - progress.step
+        windows = step_windows(config.batches, progress.consumed_samples, remaining, progress.skipped_samples)
+        with BatchLoader(
+            self.data,
+            windows,
+            micro_batch_size=self.engine.micro_batch_size,
+            rank=self.rank,
+            world_size=self.world_size,
+            pin_memory=on_gpu,
+        ) as loader:
+            trainer = Trainer(config, self.engine, loader, callbacks, progress, self.hosts, self.supervisor, self.rank)
+            trainer.fit()
+        return "stopped" if trainer.stopping and (not trainer.finished or progress.evaluation_due) else "finished"
+
+    def roll_back(self, progress: Progress, error: RollBackError) -> tuple[Progress, list[Record]]:
+        """Load the newest checkpoint; the progress from there, without the window that made the loss jump."""
+        self.supervisor.beat("going back to a checkpoint", patient=True)
+        resumption = find_resumption(self.config, self.template)
+        assert resumption is not None, "has_checkpoint said that there is one"
+        self.load(resumption)
+        back = _progress(resumption)
+        window = error.window
+        back = replace(
+            back,
+            rollbacks=progress.rollbacks + 1,
+            skipped_samples=[*back.skipped_samples, (window.start, window.stop)],
         )
-        for name, source in zip(names, config.data.validation, strict=True)
-    }
-    common_tokenizer([*data.datasets, *(split.dataset for split in validation.values())], vocab_size)
-    return data, validation
+        on_rank_0(lambda: run_folder.prepare(self.config, self.data, back.step))
+        message = f"back from step {progress.step} to {back.step}, without samples {window.start} to {window.stop - 1}"
+        samples = [window.start, window.stop]
+        record = {"kind": "event", "step": back.step, "event": "rollback", "message": message, "samples": samples}
+        return back, [record]
+
+    def _open_sinks(self, first_step: int) -> list[Sink]:
+        logging, run_dir = self.config.logging, self.run_dir
+        sinks: list[Sink] = [JsonLines(run_dir / "metrics.jsonl")]
+        if logging.wandb:
+            resolved = self.config.model_dump(mode="json")
+            sinks.append(WandbSink(run_dir, logging.wandb_project, logging.wandb_mode, resolved))
+        if logging.tensorboard:
+            sinks.append(TensorBoardSink(run_dir, first_step))
+        return [*sinks, ConsoleSink(self.config.total_steps, first_step, self.console)]
 
 
-def _distinct_names(prefixes: list[str]) -> list[str]:
-    """Names in metrics: the last two parts of each path (corpus/validation), more where that is not enough."""
-    parts = [Path(prefix).parts for prefix in prefixes]
-    for length in range(2, max(map(len, parts), default=0) + 1):
-        names = ["/".join(path[-length:]) for path in parts]
-        if len(set(names)) == len(names):
-            return names
-    if len(set(prefixes)) < len(prefixes):
-        raise UsageError("data.validation: names a dataset twice; give each once")
-    return prefixes
+def _progress(resumption: Resumption | None) -> Progress:
+    """Where the run continues; a new one is started now, by rank 0's clock."""
+    if resumption is None:
+        return Progress(started=on_rank_0(time.time))
+    manifest = resumption.manifest
+    return Progress(**{field.name: getattr(manifest, field.name) for field in fields(Progress)})
 
 
 def _describe(config: RunConfig, data: TrainingData, world_size: int) -> CheckpointManifest:
     """What this run's checkpoints say of themselves, at step 0."""
+    batches = config.batches
     return CheckpointManifest(
         step=0,
         consumed_samples=0,
@@ -145,11 +234,14 @@ def _describe(config: RunConfig, data: TrainingData, world_size: int) -> Checkpo
         zero_stage=config.parallel.zero_stage,
         precision=config.train.precision,
         global_batch_size=config.train.global_batch_size,
+        rampup=(batches.start, batches.increment, batches.samples),
         seed=config.train.seed,
         seq_len=config.seq_len,
         document_mask=config.data.document_mask,
+        optimizer=config.optimizer.name,
         no_decay=sorted(config.optimizer.no_decay),
-        data_fingerprint=data.fingerprint,
+        schedule=Schedule.of(config),
+        data=data.history,
         model=config.model.model_dump(),
         versions={
             "megagpt": megagpt.__version__,
@@ -160,17 +252,6 @@ def _describe(config: RunConfig, data: TrainingData, world_size: int) -> Checkpo
     )
 
 
-def _open_sinks(config: RunConfig, run_dir: Path, first_step: int, console: Console) -> list[Sink]:
-    sinks: list[Sink] = [JsonLines(run_dir / "metrics.jsonl")]
-    if config.logging.wandb:
-        sinks.append(
-            WandbSink(run_dir, config.logging.wandb_project, config.logging.wandb_mode, config.model_dump(mode="json"))
-        )
-    if config.logging.tensorboard:
-        sinks.append(TensorBoardSink(run_dir, first_step))
-    return [*sinks, ConsoleSink(config.train.steps, first_step, console)]
-
-
 def _print_plan(
     console: Console,
     config: RunConfig,
@@ -178,25 +259,27 @@ def _print_plan(
     device: torch.device,
     micro_batch_size: int,
     accumulation_steps: int,
-    checkpoint: Path | None,
+    resumption: Resumption | None,
 ) -> None:
     """What is about to happen, before the first slow thing does."""
-    cut, model = config.train, config.model
+    cut, model, steps = config.train, config.model, config.total_steps
     device_name = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU with {torch.get_num_threads()} thread(s)"
     )
-    tokens = cut.steps * cut.global_batch_size * config.seq_len
-    start = f"continues from {checkpoint.name}" if checkpoint else "starts anew"
+    anew = f"starts from the weights of {cut.init_from}" if cut.init_from else "starts anew"
+    start = f"continues from {resumption.checkpoint.name}" if resumption else anew
     available = sum(dataset.num_tokens for dataset in data.datasets)
-    epochs = ", ".join(f"{epochs:.2f}" for epochs in data.epochs(cut.steps * cut.global_batch_size))
+    epochs = ", ".join(f"{epochs:.2f}" for epochs in data.epochs(config.batches.after_steps(steps)).values())
     mflops = flops_per_token(model, config.seq_len) / 1e6
-    lines = (
-        f"run      {cut.run_dir}: {start}, to step {cut.steps:,}",
+    ramp = f", from {config.batches.start} sequences on" if config.batches.samples else ""
+    lines = [
+        f"run      {cut.run_dir}: {start}, to step {steps:,}",
         f"model    {parameter_count(model):,} parameters, {mflops:,.1f} MFLOPs a token forward and backward",
-        f"data     {available:,} tokens; the whole run reads {tokens:,}, {epochs} epochs",
+        f"data     {available:,} tokens; the whole run reads {config.total_tokens:,}, {epochs} epochs",
         f"batch    {cut.global_batch_size} sequences of {config.seq_len} tokens = {micro_batch_size} a micro-batch "
-        f"x {accumulation_steps} accumulated x {dist.get_world_size()} ranks",
+        f"x {accumulation_steps} accumulated x {dist.get_world_size()} ranks{ramp}",
         f"machine  {device_name} a rank, {cut.precision}, ZeRO stage {config.parallel.zero_stage}",
-    )
+        *(f"changed  {change}" for change in (resumption.changes if resumption else [])),
+    ]
     for line in lines:
         console.print(line)

@@ -14,6 +14,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from megagpt.errors import UserError
 from megagpt.training.metrics import Record
 
+_STRAGGLER = 1.5  # own time over the median rank's, from which the console names the slowest rank
+
 
 class ConsoleSink:
     """One line a record; on a terminal with a progress bar below the lines."""
@@ -47,18 +49,32 @@ def describe(record: Record, total_steps: int) -> str:
     """The console line of a record."""
     step = f"step {record['step']:>{len(str(total_steps))}}/{total_steps}"
     if record["kind"] == "validation":
+        bits = f", {record['bits_per_byte']:.3f} bits a byte" if record["bits_per_byte"] else ""
         return (
-            f"{step}  {record['dataset']}: loss {record['loss']:.4f}, perplexity {record['perplexity']:.2f} "
+            f"{step}  {record['dataset']}: loss {record['loss']:.4f}, perplexity {record['perplexity']:.2f}{bits} "
             f"({record['targets']:,} tokens in {record['seconds']:.1f} s)"
         )
     if record["kind"] == "checkpoint":
-        return f"{step}  saved {record['path']} in {record['seconds']:.1f} s"
+        return (
+            f"{step}  saved {record['path']} in {record['seconds']:.1f} s, of which training stood still for "
+            f"{record['stall_seconds']:.1f} s"
+        )
+    if record["kind"] == "sample":
+        return f"{step}  {record['prompt']}|{record['text']}"
+    if record["kind"] == "event":
+        return f"{step}  {record['event']}: {record['message']}"
+    if record["kind"] == "start":
+        return f"{step}  starts on {record['world_size']} ranks"
+    if record["kind"] == "stop":
+        return f"{step}  stops: {record['reason']}"
     mfu = f"  mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
     skipped = f"  skipped {record['skipped_steps']}" if record["skipped_steps"] else ""
+    slow = record["straggler_ratio"]
+    straggler = f"  rank {record['slowest_rank']} is {slow:.1f}x slow" if slow > _STRAGGLER else ""
     return (
         f"{step}  loss {record['loss']:.4f}  lr {record['lr']:.2e}  grad {record['grad_norm']:.2f}  "
         f"{record['step_seconds']:.3f} s/step  {record['tokens_per_second']:,.0f} tokens/s{mfu}  "
-        f"{record['peak_memory_bytes'] / 2**30:.1f} GiB{skipped}  {duration(record['eta_seconds'])} left"
+        f"{record['peak_memory_bytes'] / 2**30:.1f} GiB{skipped}{straggler}  {duration(record['eta_seconds'])} left"
     )
 
 

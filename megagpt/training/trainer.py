@@ -1,28 +1,55 @@
 """The training loop: read a global batch, step, let the callbacks see it.
 
-All that is optional (metrics, evaluation, checkpoints) is a callback, called in the order given; every rank has the
-same callbacks, so that their collectives match.
+All that is optional (metrics, evaluation, checkpoints, spikes) is a callback, called in the order given; every rank has
+the same callbacks, so that their collectives match. A step's numbers are read one step late, while the device computes
+the next one. What the ranks must agree on (a signal to stop, files written) travels between the hosts meanwhile.
 """
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from megagpt.config.schema import RunConfig
-from megagpt.data.loader import BatchLoader
-from megagpt.training.engine import Engine, StepResult
-from megagpt.training.schedule import learning_rate
+from megagpt.data.loader import BatchLoader, StepBatches, Window
+from megagpt.training.control import HostGroup
+from megagpt.training.engine import Engine
+from megagpt.training.schedule import Schedule
+from megagpt.training.step import StepNumbers, StepResult
+from megagpt.training.supervision import Supervisor
+
+
+@dataclass
+class Progress:
+    """Where a run is: what a checkpoint keeps of it, under the same names as in its manifest."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    consumed_samples: int = 0
+    """Position in the global order of samples after them."""
+    skipped_steps: int = 0
+    """How many of them had a non-finite loss or gradient and changed nothing."""
+    skipped_samples: list[tuple[int, int]] = field(default_factory=list)
+    """Ranges (start, stop) of samples that are never read."""
+    rollbacks: int = 0
+    """How often the run went back because of a loss spike."""
+    evaluation_due: bool = False
+    """Whether an evaluation was cut off after the last step."""
+    started: float = 0.0
+    """When the run was first started, seconds since 1970."""
+    productive_seconds: float = 0.0
+    """Time that the steps took."""
 
 
 @dataclass(frozen=True)
 class StepInfo:
-    """One finished step: its number (the first is 1), its results, and the seconds it waited for data."""
+    """One step that was given to the device: its number (the first is 1) and what the host knows of it."""
 
     step: int
+    window: Window
     lr: float
     result: StepResult
     data_seconds: float
@@ -35,38 +62,58 @@ class Callback:
         """Before the first step."""
 
     def on_step(self, trainer: "Trainer", info: StepInfo) -> None:
-        """After each optimizer step."""
+        """After each optimizer step was given to the device. `trainer.settle()` waits for its numbers."""
+
+    def on_numbers(self, trainer: "Trainer", info: StepInfo, numbers: StepNumbers) -> None:
+        """When a step's numbers are known: after the next step was given to the device, or in `settle`."""
 
     def on_end(self, trainer: "Trainer") -> None:
         """After the last step, or when the loop is left by an exception."""
 
 
 class Trainer:
-    """Trains `engine` on what `loader` brings, from step `first_step` to the end of the loader.
+    """Trains `engine` on what `loader` brings, from `progress` to the end of the loader or a request to stop.
 
     Raises whatever a callback or the engine raises, after closing the callbacks.
     """
 
     def __init__(
-        self, config: RunConfig, engine: Engine, loader: BatchLoader, callbacks: Sequence[Callback], rank: int
+        self,
+        config: RunConfig,
+        engine: Engine,
+        loader: BatchLoader,
+        callbacks: Sequence[Callback],
+        progress: Progress,
+        hosts: HostGroup,
+        supervisor: Supervisor,
+        rank: int,
     ) -> None:
-        self.config = config
-        self.engine = engine
-        self.loader = loader
-        self.callbacks = callbacks
-        self.rank = rank
-        self.step = loader.consumed // config.train.global_batch_size
-        self.first_step = self.step
+        self.config, self.engine, self.loader, self.callbacks = config, engine, loader, callbacks
+        self.progress, self.hosts, self.supervisor, self.rank = progress, hosts, supervisor, rank
+        self.schedule = Schedule.of(config)
+        self.total_steps = config.total_steps
+        self.stop_signal = 0
+        """The signal for which the ranks agreed to stop although steps are left; 0: none."""
+        self.any_busy = False
+        """Whether `busy` was true on any rank when the last step began."""
+        self.busy: Callable[[], bool] = lambda: False
+        """Whether this rank still has something under way that others wait for."""
+        self._unsettled: list[StepInfo] = []
 
     @property
-    def consumed_samples(self) -> int:
-        """Sequences of the global order that the finished steps have read."""
-        return self.step * self.config.train.global_batch_size
+    def step(self) -> int:
+        """Optimizer steps done, or given to the device."""
+        return self.progress.step
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the ranks agreed to stop although steps are left."""
+        return self.stop_signal > 0
 
     @property
     def finished(self) -> bool:
         """Whether the run's last step is done."""
-        return self.step >= self.config.train.steps
+        return self.step >= self.total_steps
 
     def due(self, every: int) -> bool:
         """Whether something that happens every `every` steps (0: never) and after the last step happens now."""
@@ -79,17 +126,60 @@ class Trainer:
                 stack.callback(callback.on_end, self)
             for callback in self.callbacks:
                 callback.on_start(self)
-            started = time.perf_counter()
-            for micro_batches in self.loader:
-                data_seconds = time.perf_counter() - started
-                seed_dropout(self.config.train.seed, self.step, self.rank)
-                lr = learning_rate(self.step, self.config.optimizer.lr, self.config.schedule, self.config.train.steps)
-                result = self.engine.step(micro_batches, lr)
-                self.step += 1
-                info = StepInfo(self.step, lr, result, data_seconds)
-                for callback in self.callbacks:
-                    callback.on_step(self, info)
-                started = time.perf_counter()
+            self.check_stop()
+            while not (self.stopping or self.finished):
+                self._one_step()
+            self.settle()
+
+    def check_stop(self) -> bool:
+        """Agree with all ranks, now, whether to stop; called on every rank."""
+        self._learn(self.hosts.agree(self._flags()))
+        return self.stopping
+
+    def settle(self) -> None:
+        """Wait for all steps that were given to the device and hand out their numbers."""
+        self._hand_out(keep=0)
+
+    def _one_step(self) -> None:
+        self.supervisor.beat(f"step {self.step + 1}: data")
+        started = time.perf_counter()
+        batches = next(self.loader)
+        data_seconds = time.perf_counter() - started
+        self.hosts.begin(self._flags())
+        self.supervisor.beat(f"step {self.step + 1}: forward, backward and update")
+        info = self._train_on(batches, data_seconds)
+        self._learn(self.hosts.end())
+        for callback in self.callbacks:
+            callback.on_step(self, info)
+
+    def _train_on(self, batches: StepBatches, data_seconds: float) -> StepInfo:
+        window, progress = batches.window, self.progress
+        seed_dropout(self.config.train.seed, self.step, self.rank)
+        lr = self._learning_rate(window)
+        result = self.engine.step(batches.micro_batches, lr)
+        progress.step, progress.consumed_samples = self.step + 1, window.stop
+        info = StepInfo(self.step, window, lr, result, data_seconds)
+        self._unsettled.append(info)
+        self._hand_out(keep=1)
+        return info
+
+    def _learning_rate(self, window: Window) -> float:
+        if self.schedule.unit == "steps":
+            return self.schedule.rate(self.step, self.step + 1)
+        return self.schedule.rate(window.start * self.config.seq_len, window.stop * self.config.seq_len)
+
+    def _hand_out(self, keep: int) -> None:
+        while len(self._unsettled) > keep:
+            info = self._unsettled.pop(0)
+            numbers = info.result.read()
+            for callback in self.callbacks:
+                callback.on_numbers(self, info, numbers)
+
+    def _flags(self) -> list[int]:
+        return [self.supervisor.stop_requested(), self.busy()]
+
+    def _learn(self, flags: list[int]) -> None:
+        self.stop_signal, self.any_busy = self.stop_signal or flags[0], bool(flags[1])
 
 
 def seed_dropout(seed: int, step: int, rank: int) -> None:

@@ -24,8 +24,9 @@ from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
 from megagpt.model.init import initialize_weights
 from megagpt.training import engine as engine_module
-from megagpt.training.checkpoint import read_manifest, save_checkpoint
+from megagpt.training.checkpoint import CheckpointManifest, read_manifest
 from megagpt.training.engine import Engine
+from megagpt.training.saving import CheckpointWriter
 from megagpt.training.universal import Parameter, read_universal, universal_form, verify_universal
 from megagpt.training.universal_loading import convert_together, needs_conversion
 from tests.distributed.jobs import losses, refusal, tiny_config, train_and_report
@@ -89,6 +90,13 @@ def identical(one: States, other: States) -> bool:
     )
 
 
+def save(engine: Engine, manifest: CheckpointManifest, folder: Path) -> None:
+    """Write a checkpoint into `folder` and wait for it."""
+    writer = CheckpointWriter(folder, keep=9)
+    writer.begin(manifest, lambda aside: engine.save(aside, snapshot=False))
+    writer.finish(beat=lambda: None)
+
+
 def load_and_save(config: RunConfig, checkpoint: Path) -> tuple[States, bool, float]:
     """Load `checkpoint` into an engine and save it again without a step, into config's run folder.
 
@@ -102,7 +110,7 @@ def load_and_save(config: RunConfig, checkpoint: Path) -> tuple[States, bool, fl
     engine = Engine(config, size, config.train.global_batch_size // size // world_size, torch.device("cpu"))
     engine.load_universal(convert_together(checkpoint, folder, Console(quiet=True)))
     ours = {"world_size": world_size, "zero_stage": config.parallel.zero_stage, "precision": config.train.precision}
-    save_checkpoint(folder, read_manifest(checkpoint).model_copy(update=ours), engine.save, keep=9)
+    save(engine, read_manifest(checkpoint).model_copy(update=ours), folder)
     live, derived = {}, True
     inner = engine._engine.optimizer
     if config.parallel.zero_stage in (1, 2):
@@ -129,9 +137,10 @@ def load_and_save(config: RunConfig, checkpoint: Path) -> tuple[States, bool, fl
         world_size=world_size,
         max_batches=1,
     )
-    loss, _ = engine.evaluate(validation)
+    found = engine.evaluate(validation)
+    assert found is not None
     engine.close()
-    return live, derived, loss
+    return live, derived, found.loss
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +240,9 @@ def test_universal_form_holds_what_plain_torch_and_deepspeeds_own_tool_say(zero_
 def with_momentum(function: Any, *arguments: Any) -> Any:
     """Call `function` where the optimizer is SGD with momentum, whose only state is momentum_buffer."""
     original = engine_module.build_optimizer
-    engine_module.build_optimizer = lambda groups, config: torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    engine_module.build_optimizer = lambda groups, config, precision: torch.optim.SGD(
+        groups, lr=0.1, momentum=0.9, fused=True
+    )
     try:
         return function(*arguments)
     finally:
@@ -255,10 +266,10 @@ def scale_after_moving(config: RunConfig, checkpoint: Path, folder: Path) -> flo
     source.load(checkpoint)
     scaler = source._engine.torch_autocast_z0_gradscaler
     scaler.load_state_dict(scaler.state_dict() | {"scale": 512.0})
-    saved = save_checkpoint(folder, read_manifest(checkpoint), source.save, keep=1)
+    save(source, read_manifest(checkpoint), folder)
     source.close()
     target = Engine(config, 12, 1, torch.device("cpu"))
-    target.load_universal(convert_together(saved, folder, Console(quiet=True)))
+    target.load_universal(convert_together(folder / checkpoint.name, folder, Console(quiet=True)))
     scale = target._engine.torch_autocast_z0_gradscaler.get_scale()
     target.close()
     return scale

@@ -86,7 +86,7 @@ def test_gradients_of_many_bf16_micro_batches_are_summed_in_fp32(zero_stage, two
             parallel={"zero_stage": zero_stage},
             data={"validation": []},
         )
-        return two_ranks.run(train_and_report, config)[0][0]["grad_norm"]
+        return two_ranks.run(train_and_report, config)[0][1]["grad_norm"]
 
     exact = grad_norm("exact", precision="fp32")
     assert grad_norm("bf16", precision="bf16", micro_batch_size=1) == pytest.approx(exact, rel=1e-3)

@@ -2,14 +2,20 @@
 
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from megagpt.config import save_config
+from megagpt.config.schema import OptimizerConfig
+from megagpt.model import GPT, initialize_weights, parameter_kind, stacked_heights
+from megagpt.training.checkpoint import find_checkpoint, load_weights
 from megagpt.training.metrics import read_metrics
+from megagpt.training.optimizer import build_optimizer, parameter_groups
 from tests.distributed.jobs import losses, tiny_config, write_dataset
+from tests.unit.model.configs import LLAMA
 
 pytestmark = [
     pytest.mark.gpu,
@@ -84,3 +90,48 @@ def test_fp16_run_goes_on_at_another_zero_stage_with_its_loss_scale(then, now, c
     assert losses(moved) == pytest.approx(losses(whole)[10:], rel=0.01)
     skipped = [record["skipped_steps"] for record in (*whole, *moved) if record["kind"] == "train"]
     assert skipped[20:] == skipped[10:20]  # a scale that began anew would be too high, and skip steps
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_muon_trains_on_the_gpu_as_on_the_cpu(precision, zero_stage, config_file, tmp_path):
+    settings = ["optimizer.name=muon", f"train.precision={precision}", f"parallel.zero_stage={zero_stage}"]
+    gpu = launched(config_file, *settings, f"train.run_dir={tmp_path / 'gpu'}")
+    cpu = launched(config_file, *settings, "train.device=cpu", f"train.run_dir={tmp_path / 'cpu'}")
+    assert losses(gpu) == pytest.approx(losses(cpu), rel=1e-4 if precision == "fp32" else 0.01)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("found_inf", [0.0, 1.0])
+def test_a_muon_step_does_not_wait_for_the_device(found_inf, precision):
+    settings = OptimizerConfig(name="muon")
+    model = GPT(LLAMA)
+    initialize_weights(model, 0)
+    model.to("cuda")
+    groups = parameter_groups(model, settings, parameter_kind, partial(stacked_heights, config=LLAMA))
+    optimizer = build_optimizer(groups, settings, precision)
+    optimizer.found_inf = torch.full((), found_inf, device="cuda")
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, torch.inf if found_inf else 0.1)
+    before = [parameter.clone() for parameter in model.parameters()]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for parameter, old in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter, old) == bool(found_inf)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "settings", [["parallel.zero_stage=1"], ["parallel.zero_stage=3", "parallel.offload_parameters=true"]]
+)
+def test_weights_to_start_from_arrive_in_the_master_weights_unrounded(settings, precision, config_file, tmp_path):
+    launched(config_file, f"train.run_dir={tmp_path / 'source'}")
+    still = ["optimizer.lr=1e-30", "schedule.warmup_steps=0", "train.steps=1", f"train.precision={precision}"]
+    source = f"train.init_from={tmp_path / 'source'}"
+    launched(config_file, *settings, *still, source, f"train.run_dir={tmp_path / 'run'}")
+    before, after = (load_weights(find_checkpoint(tmp_path / name)) for name in ("source", "run"))
+    assert max(float((before[name] - after[name]).abs().max()) for name in before) < 1e-29

@@ -55,10 +55,12 @@ def write_dataset(prefix: str | Path, documents: list[list[int]], dtype: str = "
     return str(prefix)
 
 
-def write_stream(prefix: str | Path, tokens: int, seed: int = 0, longest: int = 9) -> str:
-    """A dataset whose token at position p is p % 50,000, in documents of 1 to `longest` tokens."""
+def write_stream(
+    prefix: str | Path, tokens: int, seed: int = 0, longest: int = 9, mask: np.ndarray | None = None
+) -> str:
+    """A dataset whose token at position p is p % 50,000, in documents of 1 to `longest` tokens, with a loss mask."""
     boundaries = np.cumsum(np.random.default_rng(seed).integers(1, longest + 1, tokens))
     boundaries = np.append(boundaries[boundaries < tokens], tokens)
-    with IndexedDatasetWriter(prefix, "u2") as writer:
-        writer.add_documents(np.arange(tokens) % 50_000, np.diff(boundaries, prepend=0))
+    with IndexedDatasetWriter(prefix, "u2", loss_mask=mask is not None) as writer:
+        writer.add_documents(np.arange(tokens) % 50_000, np.diff(boundaries, prepend=0), mask)
     return str(prefix)

@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +191,29 @@ def test_pickling_carries_the_prefix_not_the_tokens(tmp_path: Path) -> None:
     assert pickle.loads(content).tokens(70, 80).tolist() == list(range(70, 80))
 
 
+@pytest.fixture
+def few_open_files() -> Iterator[int]:
+    """A soft limit that leaves room for eight more files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = len(os.listdir("/proc/self/fd")) + 8
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    yield limit
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_more_datasets_than_the_soft_limit_of_open_files_can_be_open(tmp_path: Path, few_open_files: int) -> None:
+    prefixes = [write_dataset(tmp_path / str(number), [[number]]) for number in range(few_open_files)]
+    datasets = [IndexedDataset(prefix) for prefix in prefixes]
+    assert [dataset[0].tolist() for dataset in datasets] == [[number] for number in range(few_open_files)]
+
+
+def test_too_many_open_files_is_one_clear_error(tmp_path: Path, few_open_files: int, monkeypatch) -> None:
+    prefixes = [write_dataset(tmp_path / str(number), [[number]]) for number in range(5)]
+    monkeypatch.setattr(indexed.resource, "getrlimit", lambda _: (few_open_files, few_open_files))
+    with pytest.raises(UserError, match=r"/\d\.(bin|idx): cannot be read: Too many open files; .*raise the limit"):
+        print([IndexedDataset(prefix) for prefix in prefixes])
+
+
 def test_mapped_arrays_are_read_only(tmp_path: Path) -> None:
     dataset = IndexedDataset(write_stream(tmp_path / "a", 10))
     for array in (dataset.stream, dataset.lengths, dataset.pointers, dataset.document_indices):
@@ -206,6 +230,96 @@ def test_document_of_agrees_with_a_search_in_the_cumulated_lengths(tmp_path_fact
     positions = np.arange(lengths.sum())
     expected = np.searchsorted(np.cumsum(lengths), positions, side="right")
     assert (IndexedDataset(writer.prefix).document_of(positions) == expected).all()
+
+
+MASKED = st.lists(st.lists(st.tuples(st.integers(0, 65_535), st.booleans()), max_size=6), max_size=9)
+
+
+def write_masked(prefix: Path, documents: list[list[tuple[int, bool]]]) -> str:
+    """A dataset of documents of (token, learned); a document of learned tokens only is given without a mask."""
+    with IndexedDatasetWriter(prefix, "u2", loss_mask=True) as writer:
+        for document in documents:
+            tokens, learned = [token for token, _ in document], [learned for _, learned in document]
+            writer.add_document(tokens, None if all(learned) else learned)
+    return str(prefix)
+
+
+@writes_files
+@given(MASKED)
+def test_a_loss_mask_is_a_byte_a_token_beside_the_same_files(tmp_path_factory, documents) -> None:
+    folder = tmp_path_factory.mktemp("l")
+    dataset = IndexedDataset(write_masked(folder / "masked", documents))
+    plain = IndexedDataset(
+        write_dataset(folder / "plain", [[token for token, _ in document] for document in documents])
+    )
+    learned = [learned for document in documents for _, learned in document]
+    assert (folder / "masked.mask").read_bytes() == bytes(learned)
+    for suffix in (".bin", ".idx"):
+        assert Path(f"{folder}/masked{suffix}").read_bytes() == Path(f"{folder}/plain{suffix}").read_bytes()
+    assert dataset.loss_mask.tolist() == learned
+    assert [dataset.document_loss_mask(number).tolist() for number in range(len(documents))] == [
+        [learned for _, learned in document] for document in documents
+    ]
+    assert (dataset.count_learned(), plain.count_learned()) == (sum(learned), len(learned))
+    assert (plain.loss_mask, os.path.exists(folder / "plain.mask")) == (None, False)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 1 << 20])
+def test_merge_keeps_loss_masks_and_learns_all_of_a_dataset_without(tmp_path: Path, monkeypatch, chunk: int) -> None:
+    monkeypatch.setattr(indexed, "_CHUNK", chunk)
+    masked, plain = (
+        write_masked(tmp_path / "a", [[(1, False), (2, True), (3, False)]]),
+        write_dataset(tmp_path / "b", [[4, 5]]),
+    )
+    merge([plain, masked, plain], tmp_path / "out")
+    assert (tmp_path / "out.mask").read_bytes() == bytes([1, 1, 0, 1, 0, 1, 1])
+    assert read_documents(tmp_path / "out") == [[[4, 5]], [[1, 2, 3]], [[4, 5]]]
+    with (
+        pytest.raises(ValueError, match=r"a mask needs IndexedDatasetWriter\(\.\.\., loss_mask=True\)"),
+        IndexedDatasetWriter(tmp_path / "lossy", "u2") as writer,
+    ):
+        writer.add_dataset(IndexedDataset(masked))
+
+
+def test_rewriting_without_a_mask_removes_the_old_mask_and_a_failure_keeps_it(tmp_path: Path) -> None:
+    write_masked(tmp_path / "a", [[(1, False), (2, True)]])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for mask in ([0], [0, 2], [[0, 1]], [0.5, 1]):
+        with (
+            pytest.raises(ValueError, match="a mask must be 0 or 1 for each of 2 tokens, not "),
+            IndexedDatasetWriter(tmp_path / "a", "u2", loss_mask=True) as writer,
+        ):
+            writer.add_document([1, 2], mask)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    write_dataset(tmp_path / "a", [[7, 8, 9]])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.bin", "a.idx"]
+
+
+def test_a_loss_mask_of_another_length_or_with_other_bytes_is_one_clear_error(tmp_path: Path) -> None:
+    write_masked(tmp_path / "a", [[(1, False), (2, True)]])
+    (tmp_path / "a.mask").write_bytes(bytes([0, 1, 1]))
+    message = "a loss mask one byte for each; copy it again or make it anew"
+    with pytest.raises(UserError, match=rf"^{tmp_path}/a\.mask: 3 bytes, but the dataset has 2 tokens and {message}$"):
+        IndexedDataset(tmp_path / "a")
+    (tmp_path / "a.mask").write_bytes(bytes([0, 49]))
+    with pytest.raises(UserError, match=r"a\.mask: byte 1 is 49, but a loss mask has 0 and 1 only; make it anew$"):
+        IndexedDataset(tmp_path / "a").count_learned()
+    (tmp_path / "a.mask").unlink()
+    (tmp_path / "a.mask").symlink_to(tmp_path / "gone")
+    with pytest.raises(UserError, match=r"a\.mask: no such file"):
+        IndexedDataset(tmp_path / "a")
+
+
+def test_the_edge_hash_tells_masks_apart_and_a_mask_from_none(tmp_path: Path) -> None:
+    tokens = np.zeros(200_000, np.uint16)
+    hashes = set()
+    for number, changed in enumerate([None, [], [0], [199_999]]):
+        mask = np.ones(tokens.size, np.uint8)
+        mask[changed] = 0
+        with IndexedDatasetWriter(tmp_path / str(number), "u2", loss_mask=changed is not None) as writer:
+            writer.add_document(tokens, None if changed is None else mask)
+        hashes.add(IndexedDataset(writer.prefix).edge_hash())
+    assert len(hashes) == 4
 
 
 GOOD = index_bytes([2, 1], [0, 4], [0, 1, 2])

@@ -12,7 +12,7 @@ from megagpt.data.manifest import FileChecksum, Manifest
 from megagpt.data.origins import ORIGIN
 from tests.unit.corpus.test_pipeline import run as preprocess
 from tests.unit.corpus.texts import write_jsonl
-from tests.unit.data.reference import index_bytes, write_dataset
+from tests.unit.data.reference import index_bytes, write_dataset, write_stream
 from tests.unit.data.test_manifest import BYTES, save_manifest
 
 ROOT = Path(__file__).parents[3]
@@ -57,6 +57,16 @@ def test_a_folder_shows_all_its_datasets_and_foreign_ones_show_ids_or_are_decode
     assert (
         "document 0: 2 tokens\nhi\n" in inspect(tmp_path / "train.bin", "--document", 0, "--tokenizer", "bytes").stdout
     )
+
+
+def test_learned_and_masked_tokens_of_a_loss_mask_are_counted(tmp_path: Path) -> None:
+    write_stream(tmp_path / "train", 5, longest=1, mask=np.array([0, 1, 0, 1, 1]))
+    result = inspect(tmp_path / "train", "--document", 2, "--document", 3, "--verify")
+    assert result.returncode == 0, result.stderr
+    assert "5 documents, 5 sequences, 5 tokens (uint16), 157 bytes" in result.stdout
+    assert "verified: loss mask; 3 learned, 2 masked\n" in result.stdout
+    assert "document 2: 1 tokens, 0 learned, 1 masked\n2\n" in result.stdout
+    assert "document 3: 1 tokens, 1 learned, 0 masked\n3\n" in result.stdout
 
 
 def test_a_document_that_only_one_dataset_of_a_folder_has_is_shown(tmp_path: Path) -> None:

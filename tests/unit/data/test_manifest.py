@@ -4,13 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megagpt.data.indexed import IndexedDataset
 from megagpt.data.manifest import FileChecksum, Manifest, SplitInfo, TokenizerInfo, common_tokenizer
 from megagpt.errors import UsageError, UserError
 from megagpt.tokenizer import load_tokenizer
-from tests.unit.data.reference import write_dataset
+from tests.unit.data.reference import write_dataset, write_stream
 
 BYTES = load_tokenizer("bytes")
 
@@ -92,6 +93,31 @@ def test_files_that_do_not_belong_to_the_manifest_are_refused(tmp_path: Path) ->
         f"{tmp_path}/train.idx: holds 1 documents, 1 sequences, 3 tokens, but manifest.json beside it says 2, 2, 3; "
         "copy the whole dataset again"
     )
+
+
+def test_a_loss_mask_that_was_not_copied_with_its_dataset_is_missed(tmp_path: Path) -> None:
+    write_stream(tmp_path / "train", 3, mask=np.array([0, 1, 1]))
+    manifest = save_manifest(tmp_path / "train")
+    checksums = {**manifest.checksums, "train.mask": FileChecksum.of(tmp_path / "train.mask")}
+    manifest.model_copy(update={"checksums": checksums}).save(tmp_path)
+    assert Manifest.of(IndexedDataset(tmp_path / "train")) is not None
+    (tmp_path / "train.mask").unlink()
+    with pytest.raises(
+        UserError, match=r"train\.mask: no such file, but manifest\.json beside it lists it; copy the who"
+    ):
+        Manifest.of(IndexedDataset(tmp_path / "train"))
+
+
+def test_a_manifest_of_many_datasets_is_read_once_for_all_of_them(tmp_path: Path, monkeypatch) -> None:
+    """Or a thousand datasets of one folder would take half a minute."""
+    prefixes = [write_dataset(tmp_path / str(number), [[1]]) for number in range(3)]
+    splits = {str(number): SplitInfo(documents=1, sequences=1, tokens=1) for number in range(3)}
+    saved = save_manifest(tmp_path / "0").model_copy(update={"splits": splits})
+    saved.save(tmp_path)
+    loaded, load = [], Manifest.load
+    monkeypatch.setattr(Manifest, "load", lambda folder: loaded.append(folder) or load(folder))
+    assert common_tokenizer([IndexedDataset(prefix) for prefix in prefixes]) == saved.tokenizer
+    assert loaded == [tmp_path]
 
 
 def test_one_changed_token_is_found_by_the_checksums(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from tests.unit.data.reference import read_documents, write_dataset, write_strea
 def test_an_epoch_tiles_the_stream_with_each_sample_once(tmp_path_factory, tokens, seq_len, seed, epoch) -> None:
     tokens = max(tokens, seq_len + 1)
     samples = TokenSamples(IndexedDataset(write_stream(tmp_path_factory.mktemp("s") / "a", tokens)), seq_len, seed)
-    read, _ = samples.read(np.arange(len(samples)) + epoch * len(samples))
+    read = samples.read(np.arange(len(samples)) + epoch * len(samples)).tokens
     in_file_order = read[np.argsort(read[:, 0])]
     # The token at position p is p: what was read says where it stood.
     offset = in_file_order[0, 0]
@@ -45,13 +45,13 @@ def test_each_epoch_has_its_own_offset_and_order_and_each_seed_too(tmp_path: Pat
 def test_a_sample_is_the_same_whatever_it_is_read_with(tmp_path: Path) -> None:
     samples = TokenSamples(IndexedDataset(write_stream(tmp_path / "a", 500)), 8, seed=3)
     indices = [0, 700, 3, len(samples) - 1, len(samples), 3]
-    together, ids = samples.read(indices, document_ids=True)
+    together = samples.read(indices, document_ids=True)
     for row, index in enumerate(indices):
-        alone, alone_ids = samples.read([index], document_ids=True)
-        assert np.array_equal(together[row], alone[0])
-        assert np.array_equal(ids[row], alone_ids[0])
-    assert (together.dtype, ids.dtype) == (np.int64, np.int32)
-    assert samples.read([0])[1] is None
+        alone = samples.read([index], document_ids=True)
+        assert np.array_equal(together.tokens[row], alone.tokens[0])
+        assert np.array_equal(together.document_ids[row], alone.document_ids[0])
+    assert (together.tokens.dtype, together.document_ids.dtype) == (np.int64, np.int32)
+    assert samples.read([0])[1:] == (None, None)
 
 
 @pytest.mark.parametrize("view", [TokenSamples, SequentialSamples])
@@ -67,7 +67,7 @@ def test_document_ids_separate_exactly_the_documents(tmp_path_factory, view, doc
     samples = TokenSamples(dataset, 6, 0) if view is TokenSamples else SequentialSamples(dataset, 6)
     indices = np.arange(2 * len(samples) if view is TokenSamples else len(samples))
     starts = samples.starts(indices) if view is TokenSamples else indices * 6
-    for start, ids in zip(starts, samples.read(indices, document_ids=True)[1], strict=True):
+    for start, ids in zip(starts, samples.read(indices, document_ids=True).document_ids, strict=True):
         own = np.array(owners[start : start + 6])
         ids = ids[: own.size]
         assert ids[0] == 0
@@ -75,9 +75,25 @@ def test_document_ids_separate_exactly_the_documents(tmp_path_factory, view, doc
         assert np.array_equal(ids, own - own[0])
 
 
+@pytest.mark.parametrize("view", [TokenSamples, SequentialSamples])
+@writes_files
+@given(st.lists(st.integers(0, 1), min_size=7, max_size=120), st.integers(0, 2**32))
+def test_the_loss_mask_of_a_sample_is_that_of_its_targets(tmp_path_factory, view, mask, seed) -> None:
+    """The token at position p is p, so each target says which byte of the mask is its own."""
+    mask = np.array(mask)
+    dataset = IndexedDataset(write_stream(tmp_path_factory.mktemp("s") / "a", mask.size, mask=mask))
+    samples = TokenSamples(dataset, 6, seed) if view is TokenSamples else SequentialSamples(dataset, 6)
+    windows = samples.read(np.arange(2 * len(samples)))
+    targets = windows.tokens[:, 1:]
+    real = targets != IGNORE_INDEX
+    assert (windows.learned.shape, windows.learned.dtype) == (targets.shape, bool)
+    assert np.array_equal(windows.learned[real], mask[targets[real]] == 1)
+    assert real.any()
+
+
 def test_one_sample_fits_a_dataset_of_its_size_and_one_token_less_is_an_error(tmp_path: Path) -> None:
     samples = TokenSamples(IndexedDataset(write_stream(tmp_path / "a", 9)), 8, seed=0)
-    assert np.array_equal(samples.read([0, 1, 99])[0], [range(9)] * 3)
+    assert np.array_equal(samples.read([0, 1, 99]).tokens, [range(9)] * 3)
     with pytest.raises(UserError) as caught:
         TokenSamples(samples.dataset, 9, seed=0)
     assert str(caught.value) == (
@@ -90,7 +106,7 @@ def test_one_sample_fits_a_dataset_of_its_size_and_one_token_less_is_an_error(tm
 @given(st.integers(2, 60), st.integers(1, 13))
 def test_validation_has_every_target_once_after_its_own_input(tmp_path_factory, tokens: int, seq_len: int) -> None:
     samples = SequentialSamples(IndexedDataset(write_stream(tmp_path_factory.mktemp("s") / "a", tokens)), seq_len)
-    read, _ = samples.read(np.arange(len(samples) + 3))
+    read = samples.read(np.arange(len(samples) + 3)).tokens
     targets, inputs = read[:, 1:], read[:, :-1]
     real = targets != IGNORE_INDEX
     assert targets[real].tolist() == list(range(1, tokens))

@@ -98,5 +98,5 @@ def test_kinds_of_all_parameters():
     expected = {"LayerNorm": "norm", "RMSNorm": "norm", "Embedding": "embedding", "Linear": "matrix"}
     for name, kind in kinds.items():
         module, _, leaf = name.rpartition(".")
-        wanted = expected[type(modules[module]).__name__]
+        wanted = "head" if module == "head" else expected[type(modules[module]).__name__]
         assert kind == ("bias" if leaf == "bias" and wanted == "matrix" else wanted), name

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
 from megagpt.errors import UsageError, UserError
-from megagpt.tokenizer import TOKENIZER_NAMES, Tokenizer, load_tokenizer
+from megagpt.tokenizer import TOKENIZER_NAMES, Tokenizer, load_tokenizer, token_byte_lengths
 from megagpt.tokenizer import tokenizer as module
 from megagpt.tokenizer.ranks import format_rank_file
 from megagpt.tokenizer.vocabulary import published_definition
@@ -54,6 +54,22 @@ def test_ids_equal_tiktokens_own(text: str) -> None:
     ids = GPT2.encode_to_numpy(text)
     assert ids.dtype == np.uint32
     assert ids.tolist() == GPT2.encode(text) == GPT2.encoding.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("tokenizer", [GPT2, BYTES], ids=["gpt2", "bytes"])
+def test_byte_lengths_are_those_of_each_decoded_token_and_0_for_the_end_of_a_document(tokenizer: Tokenizer) -> None:
+    lengths = token_byte_lengths(tokenizer)
+    expected = [len(tokenizer.decode_bytes([token])) for token in range(tokenizer.eod_id)]
+    assert lengths.dtype == np.int64
+    assert lengths.tolist() == [*expected, 0]
+
+
+def test_ids_without_a_token_and_special_ones_have_no_bytes() -> None:
+    ranks = {b"a": 0, b"bc": 1}
+    encoding = tiktoken.Encoding(
+        "x", pat_str=".", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 4, "<|x|>": 6}
+    )
+    assert token_byte_lengths(Tokenizer("x", encoding, "")).tolist() == [1, 2, 0, 0, 0, 0, 0]
 
 
 @given(any_text)

@@ -22,7 +22,7 @@ def config(**sections: dict) -> RunConfig:
 def test_sixteen_bit_training_accumulates_and_reduces_in_fp32(stage, precision):
     run = config(parallel={"zero_stage": stage}, train={"precision": precision})
     options = deepspeed_options(run, 4, 8, CPU)
-    assert options[precision] == {"enabled": True}
+    assert options[precision]["enabled"] is True
     assert options["data_types"] == {"grad_accum_dtype": "fp32"}
     assert options["communication_data_type"] == "fp32"
 
@@ -53,6 +53,14 @@ def test_raw_options_are_merged_last_and_deep():
 def test_raw_options_that_contradict_the_configuration_are_refused(raw, owner):
     with pytest.raises(UsageError, match=f"is set by {owner}"):
         deepspeed_options(config(deepspeed=raw), 1, 1, CPU)
+
+
+@pytest.mark.parametrize("key", ["round_robin_gradients", "offload_optimizer"])
+def test_raw_options_that_muon_cannot_follow_are_refused(key):
+    raw = {"zero_optimization": {key: True}}
+    deepspeed_options(config(deepspeed=raw), 1, 1, CPU)
+    with pytest.raises(UsageError, match=f"zero_optimization.{key} does not work with optimizer.name muon"):
+        deepspeed_options(config(deepspeed=raw, optimizer={"name": "muon"}), 1, 1, CPU)
 
 
 def test_offload_goes_to_host_memory_and_needs_no_compiled_optimizer():

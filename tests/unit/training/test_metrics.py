@@ -66,6 +66,8 @@ def test_console_line_shows_skipped_steps_and_mfu_only_when_there_are_some():
         "tokens_per_second": 16384.0,
         "mfu": None,
         "peak_memory_bytes": 3 << 30,
+        "straggler_ratio": 1.0,
+        "slowest_rank": 0,
         "skipped_steps": 0,
         "eta_seconds": 90.0,
     }

@@ -8,14 +8,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megagpt.config.schema import ScheduleConfig
-from megagpt.training.schedule import learning_rate
+from megagpt.training.schedule import Schedule
 
 STEPS, PEAK = 200, 3e-4
 
 
 def rates(**settings: object) -> list[float]:
     schedule = ScheduleConfig.model_validate(settings)
-    return [learning_rate(step, PEAK, schedule, STEPS) for step in range(STEPS + 20)]
+    built = Schedule.build(schedule, PEAK, STEPS)
+    return [built.rate(step, step + 1) for step in range(STEPS + 20)]
 
 
 @pytest.mark.parametrize(

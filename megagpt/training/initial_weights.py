@@ -1,0 +1,193 @@
+"""The weights that a new run starts from (`train.init_from`), at every ZeRO stage and precision.
+
+They come from a run folder (its newest checkpoint), a checkpoint, or an export: a folder with config.yaml, which has
+the section `model`, and *.safetensors, one or several, with this library's parameter names. fp32 values arrive in the
+fp32 master weights unrounded: DeepSpeed makes those from the model's 16-bit weights, so they are set once more after
+it. Costs host memory for one fp32 copy a rank if it is a checkpoint; of an export one tensor at a time is read.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import deepspeed.utils
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import yaml
+from pydantic import ValidationError
+from torch import Tensor, nn
+
+from megagpt.config.schema import ModelConfig
+from megagpt.config.yaml12 import parse
+from megagpt.data.manifest import TokenizerInfo
+from megagpt.errors import UsageError, UserError
+from megagpt.model.gpt import GPT
+from megagpt.model.init import Gather
+from megagpt.training.checkpoint import SHARDS, find_checkpoint, read_manifest, verify_checksums
+from megagpt.training.weights import read_weights
+
+InitialWeights = Callable[[str], Tensor]
+"""The fp32 value of the parameter of this name, on the CPU."""
+
+_FLOATING = ("F32", "BF16", "F16", "F64")  # safetensors' names
+
+
+class _Source(NamedTuple):
+    """Weights at some place, and what is said of them there."""
+
+    model: ModelConfig
+    shapes: dict[str, tuple[int, ...]]
+    read: InitialWeights
+    tokenizer: Path
+    """File that describes the tokenizer, if it exists."""
+
+
+def open_initial_weights(
+    path: Path, model: ModelConfig, tokenizer: TokenizerInfo | None, part: int = 0, parts: int = 1
+) -> InitialWeights:
+    """The weights at `path`, checked to be those of `model`: names, shapes, and what gives them their meaning.
+
+    tokenizer: that of the run's data, if it is known. part, parts: of `parts` ranks each compares the checksums of its
+    share of a checkpoint's files. A checkpoint is unpickled: name only one that you trust.
+
+    Raises:
+        UsageError: they are of another model, or of another tokenizer.
+        UserError: there are none, or they are damaged.
+    """
+    where = f"train.init_from {path}"
+    files = sorted(path.glob("*.safetensors"))
+    source = _open_export(path, files, where) if files else _open_checkpoint(path, where, part, parts)
+    if different := _differences(source.model, model):
+        raise UsageError(f"{where}: is of another model: {', '.join(different)}; set the section model as it is there")
+    _check_tokenizer(source.tokenizer, tokenizer, where)
+    with torch.device("meta"):
+        expected = {name: tuple(parameter.shape) for name, parameter in GPT(model).named_parameters()}
+    for name in sorted(expected.keys() ^ source.shapes.keys()):
+        state = "has no" if name in expected else "has an unknown"
+        raise UserError(f"{where}: {state} weight {name}; it is damaged, or of another program or version")
+    for name, shape in expected.items():
+        if source.shapes[name] != shape:
+            raise UserError(f"{where}: weight {name} has shape {source.shapes[name]} instead of {shape}; it is damaged")
+    return source.read
+
+
+@torch.no_grad()
+def copy_weights(model: GPT, weights: InitialWeights, gather: Gather = nullcontext) -> None:
+    """Set every parameter of `model` in place; `gather` as for `initialize_weights`."""
+    for name, parameter in model.named_parameters():
+        with gather([parameter]):
+            parameter.copy_(weights(name))
+
+
+@torch.no_grad()
+def copy_master_weights(module: nn.Module, weights: InitialWeights) -> None:
+    """Set the fp32 master weights that DeepSpeed has beside the parameters of `module`, at ZeRO stages 1 to 3."""
+    for name, parameter in module.named_parameters():
+        if hasattr(parameter, "ds_id"):
+            deepspeed.utils.safe_set_local_fp32_param(parameter, _shard_of(parameter, weights(name)))
+        else:
+            deepspeed.utils.safe_set_full_fp32_param(parameter, weights(name))
+
+
+def _shard_of(parameter: Any, value: Tensor) -> Tensor:
+    """This rank's part of a parameter at ZeRO stage 3: (elements), the last rank's padded, which DeepSpeed's own
+    function for whole parameters does not do."""
+    size, group = parameter.ds_tensor.numel(), parameter.ds_process_group
+    padding = size * dist.get_world_size(group) - value.numel()
+    return F.pad(value.flatten(), (0, padding)).narrow(0, size * dist.get_rank(group), size)
+
+
+def _open_checkpoint(path: Path, where: str, part: int, parts: int) -> _Source:
+    """A run folder's newest checkpoint, or one by itself."""
+    try:
+        checkpoint = find_checkpoint(path)
+        manifest = read_manifest(checkpoint)
+        verify_checksums(checkpoint, part, parts)
+        weights = read_weights(checkpoint / SHARDS, manifest.zero_stage, manifest.world_size)
+    except UserError as error:
+        raise UserError(f"train.init_from: {error}") from error
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    tokenizer = checkpoint.resolve().parent.parent / "tokenizer.json"
+    return _Source(_model_of(manifest.model, where), shapes, weights.__getitem__, tokenizer)
+
+
+def _open_export(folder: Path, files: Sequence[Path], where: str) -> _Source:
+    """The safetensors of a folder, from which a tensor is read when it is asked for."""
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise UserError(f"{where}: reading safetensors needs pip install 'megagpt[export]' ({error})") from error
+    model = _model_of(_export_config(folder / "config.yaml", where), where)
+    shapes: dict[str, tuple[int, ...]] = {}
+    readers: dict[str, Callable[[], Tensor]] = {}
+    for path in files:
+        try:
+            content = safe_open(path, framework="pt", device="cpu")
+            for name in content.keys():  # noqa: SIM118 - it cannot be iterated over
+                if name in readers:
+                    raise UserError(f"{path}: has weight {name}, which a file beside it has, too; remove one of them")
+                stored = content.get_slice(name)
+                if stored.get_dtype() not in _FLOATING:
+                    raise UserError(f"{path}: weight {name} is of type {stored.get_dtype()}; export it in fp32 or bf16")
+                shapes[name], readers[name] = tuple(stored.get_shape()), partial(content.get_tensor, name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())}); copy it again") from error
+    return _Source(model, shapes, lambda name: readers[name]().float(), folder / "tokenizer.json")
+
+
+def _export_config(path: Path, where: str) -> Any:
+    """The section `model` of an export's configuration."""
+    try:
+        tree, _, _ = parse(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{where}: has safetensors, but no config.yaml; it is no export of megagpt") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict) or "model" not in tree:
+        raise UserError(f"{path}: has no section model; it is no export of megagpt")
+    return tree["model"]
+
+
+def _model_of(values: Any, where: str) -> ModelConfig:
+    try:
+        return ModelConfig.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, ("model", *problem["loc"])))
+        raise UserError(f"{where}: this version of megagpt does not know its {key}: {problem['msg']}") from None
+
+
+def _differences(there: ModelConfig, here: ModelConfig) -> list[str]:
+    """What of the model differs that changes the shape or the meaning of its weights."""
+    free = {"dropout", "initializer_range"}
+    if here.position != "learned":
+        free.add("max_seq_len")
+    if here.position != "rope":
+        free.add("rope_theta")
+    before, now = (
+        model.model_dump() | {"num_kv_heads": model.kv_heads, "ffn_hidden_size": model.ffn_size}
+        for model in (there, here)
+    )
+    return [
+        f"model.{key} is {value} there and {now[key]} here"
+        for key, value in before.items()
+        if key not in free and value != now[key]
+    ]
+
+
+def _check_tokenizer(path: Path, tokenizer: TokenizerInfo | None, where: str) -> None:
+    """UsageError if `path` describes another tokenizer; a file of another program by this name says nothing."""
+    if tokenizer is None or not path.is_file():
+        return
+    try:
+        there = TokenizerInfo.model_validate_json(path.read_bytes())
+    except ValidationError:
+        return
+    if (there.vocab_sha256, there.eod_id) != (tokenizer.vocab_sha256, tokenizer.eod_id):
+        raise UsageError(
+            f"{where}: knows tokenizer {there.name} ({there.vocab_sha256[:12]}...), but the data was made with "
+            f"{tokenizer.name} ({tokenizer.vocab_sha256[:12]}...); make the data with the tokenizer of the weights"
+        )

@@ -1,0 +1,19 @@
+"""What the training loop asks of, and tells, whoever watches over its process.
+
+The library neither handles signals nor ends processes: launch/ does, through this interface. `Supervisor` itself
+watches over nothing, for notebooks and tests.
+"""
+
+
+class Supervisor:
+    """Watches over nothing."""
+
+    def stop_requested(self) -> int:
+        """The number of the signal that asked this process to stop; 0: none did."""
+        return 0
+
+    def beat(self, phase: str, patient: bool = False) -> None:
+        """Training has come to `phase` ("step 12: forward and backward"): it does not hang.
+
+        patient: the phase reads or writes whole checkpoints, which takes as long as the disks need.
+        """
