@@ -1,10 +1,10 @@
 """DeepSpeed's shards read parameter by parameter: fp32 master weights and optimizer state, at every ZeRO stage.
 
 A rank's file holds flat tensors, one an optimizer group (at stage 3 one a sub-group), in which parameters or pieces of
-them lie one after another. What tells where (deepspeed 0.19): at stages 1 and 2 `param_slice_mappings`, by name, the
-pieces of a parameter joining in the order of the ranks; at stage 3 a rule, every parameter being cut on its own into
-equal parts of which the last is padded; at stage 0 nothing is cut. The files are memory-mapped: what is not read costs
-no memory.
+them lie one after another in the order of `param_shapes` (deepspeed 0.19): at stages 1 and 2 the whole group is padded
+and cut into equal parts, at stage 3 every parameter on its own; at stage 0 nothing is cut. (`param_slice_mappings`, by
+which DeepSpeed's own converter goes, are wrong with round_robin_gradients.) The files are memory-mapped: what is not
+read costs no memory.
 """
 
 import io
@@ -46,15 +46,25 @@ Layout = dict[str, list[Piece]]
 """The pieces of each parameter by name, in order."""
 
 
-def layout_of_slices(slices: Sequence[Sequence[Mapping[str, Any]]]) -> Layout:
-    """Stages 1 and 2: from every rank's `param_slice_mappings`, for each flat tensor {name: address (start, numel)}."""
+def layout_of_flat_groups(
+    shapes: Sequence[Mapping[str, torch.Size]], part_lengths: Sequence[int], gaps: Sequence[Sequence[int]] | None
+) -> Layout:
+    """Stages 1 and 2: from the parameters of each flat tensor, {name: shape}, and the length of its part on a rank.
+
+    `gaps`: the padding after each parameter (DeepSpeed's parameter_alignment); None: no padding.
+    """
     layout: Layout = {}
-    for rank, flats in enumerate(slices):
-        for flat, addresses in enumerate(flats):
-            for name, address in addresses.items():
-                pieces = layout.setdefault(name, [])
-                offset = sum(piece.length for piece in pieces)
-                pieces.append(Piece(rank, flat, address.start, offset, address.numel))
+    for flat, (parameters, part_length) in enumerate(zip(shapes, part_lengths, strict=True)):
+        position = 0
+        for number, (name, shape) in enumerate(parameters.items()):
+            pieces, offset = [], 0
+            while offset < shape.numel():
+                rank, start = divmod(position + offset, part_length)
+                length = min(shape.numel() - offset, part_length - start)
+                pieces.append(Piece(rank, flat, start, offset, length))
+                offset += length
+            layout[name] = pieces
+            position += shape.numel() + (gaps[flat][number] if gaps else 0)
     return layout
 
 
@@ -101,7 +111,10 @@ class Shards:
             self._layout = layout_of_cuts(groups, world_size)
             self._flats = [self._join(rank["fp32_flat_groups"], rank["optimizer_state_dict"], []) for rank in ranks]
         else:
-            self._layout = layout_of_slices([rank["param_slice_mappings"] for rank in ranks])
+            first = ranks[0]  # padded only if it is the last, too; then all parts are its own, however long
+            parts = zip(first["single_partition_of_fp32_groups"], first["group_paddings"], strict=True)
+            part_lengths = [len(part) + padding for part, padding in parts]
+            self._layout = layout_of_flat_groups(groups, part_lengths, first.get("param_alignment_paddings"))
             self._flats = [
                 self._join(
                     rank["single_partition_of_fp32_groups"], rank["base_optimizer_state"], rank["group_paddings"]
@@ -124,6 +137,8 @@ class Shards:
         shape = self.shapes[name]
         parts = []
         for piece in self._layout[name]:
+            if piece.rank >= len(self._flats):
+                raise self._unknown_layout(f"{key} of {name}")
             flat = self._flats[piece.rank][piece.flat].get(key)
             if not is_cut(flat) or piece.start + piece.length > len(flat):
                 raise self._unknown_layout(f"{key} of {name}")

@@ -8,7 +8,7 @@ than Adam's; and at stage 3 they give every optimizer group the weight decay of 
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -23,7 +23,7 @@ from megagpt.config.schema import RunConfig
 from megagpt.errors import UserError
 from megagpt.training.checkpoint import CheckpointManifest, verify_checksums
 from megagpt.training.collective import on_rank_0, together
-from megagpt.training.shards import MASTER_WEIGHT, Layout, State, is_cut, layout_of_cuts, layout_of_slices
+from megagpt.training.shards import MASTER_WEIGHT, Layout, State, is_cut, layout_of_cuts, layout_of_flat_groups
 from megagpt.training.universal import Parameter, is_form_of, read_universal, universal_form, verify_universal
 
 logger = logging.getLogger(__name__)
@@ -98,10 +98,9 @@ def _load_flat_groups(engine: Any, form: Path) -> None:
     """Stages 1 and 2, bf16 at stage 1 included, which is another class of DeepSpeed's: groups cut among the ranks."""
     optimizer = engine.optimizer
     saved = optimizer.state_dict()
-    slices: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(slices, saved["param_slice_mappings"])
     lengths = [parameter.numel() for group in optimizer.param_groups for parameter in group["params"]]
-    flats = _flat_tensors(engine, form, layout_of_slices(slices), lengths)
+    layout = layout_of_flat_groups(_shapes(engine), lengths, saved.get("param_alignment_paddings"))
+    flats = _flat_tensors(layout, lengths, _shapes(engine), form)
     saved["single_partition_of_fp32_groups"] = [flat.pop(MASTER_WEIGHT) for flat in flats]
     saved["base_optimizer_state"] = optimizer.optimizer.state_dict() | {"state": _numbered(flats)}
     optimizer.load_state_dict([saved] * dist.get_world_size(), load_optimizer_states=True, load_from_fp32_weights=True)
@@ -111,22 +110,28 @@ def _load_flat_groups(engine: Any, form: Path) -> None:
 def _load_cut_parameters(engine: Any, form: Path) -> None:
     """Stage 3: every parameter cut among the ranks."""
     optimizer = engine.optimizer
-    names = {parameter: name for name, parameter in engine.module.named_parameters()}
-    shapes = [{names[parameter]: parameter.ds_shape for parameter in group} for group in optimizer.fp16_groups]
-    optimizer.checkpoint_event_prologue()
+    optimizer.checkpoint_event_prologue()  # as DeepSpeed does around its own loading: no weight may be gathered
     saved = optimizer.state_dict()
     lengths = [flat.numel() for flat in saved["fp32_flat_groups"]]
-    flats = _flat_tensors(engine, form, layout_of_cuts(shapes, dist.get_world_size()), lengths)
+    layout = layout_of_cuts(_shapes(engine), dist.get_world_size())
+    flats = _flat_tensors(layout, lengths, _shapes(engine), form)
     saved["fp32_flat_groups"] = [flat.pop(MASTER_WEIGHT) for flat in flats]
     saved["optimizer_state_dict"]["state"] = _numbered(flats)
     optimizer.load_state_dict([saved] * dist.get_world_size())
     optimizer.checkpoint_event_epilogue()
 
 
-def _flat_tensors(engine: Any, form: Path, layout: Layout, lengths: Sequence[int]) -> list[State]:
+def _shapes(engine: Any) -> list[dict[str, torch.Size]]:
+    """The parameters of each flat tensor in their order: what DeepSpeed writes into its files as param_shapes."""
+    return engine._get_zero_param_shapes()
+
+
+def _flat_tensors(
+    layout: Layout, lengths: Sequence[int], groups: Sequence[Mapping[str, torch.Size]], form: Path
+) -> list[State]:
     """This rank's flat tensors of the given lengths, "fp32" and the optimizer's, on the CPU; padding is zero."""
     flats: list[State] = [{MASTER_WEIGHT: torch.zeros(length)} for length in lengths]
-    shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in engine.module.named_parameters()}
+    shapes = {name: shape for group in groups for name, shape in group.items()}
     begun: set[int] = set()
     for name, pieces in layout.items():
         for piece in pieces:

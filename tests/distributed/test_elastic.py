@@ -24,7 +24,7 @@ from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
 from megagpt.model.init import initialize_weights
 from megagpt.training import engine as engine_module
-from megagpt.training.checkpoint import read_manifest
+from megagpt.training.checkpoint import CheckpointManifest, read_manifest
 from megagpt.training.engine import Engine
 from megagpt.training.saving import CheckpointWriter
 from megagpt.training.universal import Parameter, read_universal, universal_form, verify_universal
@@ -32,7 +32,7 @@ from megagpt.training.universal_loading import convert_together, needs_conversio
 from tests.distributed.jobs import losses, refusal, tiny_config, train_and_report
 from tests.distributed.ranks import Ranks
 
-CUT, STEPS = 3, 6  # the checkpoint that is resumed, and the whole run
+CUT, STEPS = 2, 4  # the checkpoint that is resumed, and the whole run
 States = dict[str, dict[str, torch.Tensor]]  # "fp32" and the optimizer's tensors by parameter
 
 
@@ -45,6 +45,8 @@ class Setup:
     precision: str = "fp32"
     micro_batch_size: int | None = None
     offload: bool = False
+    option: tuple[str, Any] | None = None
+    """One of DeepSpeed's own that changes where parameters lie."""
 
     def __str__(self) -> str:
         return f"{self.ranks}x-zero{self.zero_stage}-{self.precision}{'-offload' * self.offload}"
@@ -52,10 +54,10 @@ class Setup:
 
 def config_of(setup: Setup, corpus: Path, run_dir: Path, tied: bool = True, **checkpoint: Any) -> RunConfig:
     """No size divides well: 97 x 44 and the biases of 44 need padding on two, three and four ranks."""
-    return tiny_config(
+    config = tiny_config(
         corpus,
         run_dir,
-        model={"hidden_size": 44, "tie_embeddings": tied},
+        model={"num_layers": 1, "hidden_size": 44, "max_seq_len": 16, "tie_embeddings": tied},
         schedule={"name": "constant", "warmup_steps": 2},
         train={
             "steps": STEPS,
@@ -65,8 +67,9 @@ def config_of(setup: Setup, corpus: Path, run_dir: Path, tied: bool = True, **ch
         },
         parallel={"zero_stage": setup.zero_stage, "offload_optimizer": setup.offload},
         checkpoint={"every": CUT, "keep": 9, "allow_changes": ["precision"]} | checkpoint,
-        evaluation={"every": CUT, "batches": 2},
+        evaluation={"every": CUT, "batches": 1},
     )
+    return config.model_copy(update={"deepspeed": {"zero_optimization": dict([setup.option] if setup.option else [])}})
 
 
 def contents(form: Path) -> States:
@@ -87,6 +90,13 @@ def identical(one: States, other: States) -> bool:
     )
 
 
+def save(engine: Engine, manifest: CheckpointManifest, folder: Path) -> None:
+    """Write a checkpoint into `folder` and wait for it."""
+    writer = CheckpointWriter(folder, keep=9)
+    writer.begin(manifest, lambda aside: engine.save(aside, snapshot=False))
+    writer.finish(beat=lambda: None)
+
+
 def load_and_save(config: RunConfig, checkpoint: Path) -> tuple[States, bool, float]:
     """Load `checkpoint` into an engine and save it again without a step, into config's run folder.
 
@@ -100,9 +110,7 @@ def load_and_save(config: RunConfig, checkpoint: Path) -> tuple[States, bool, fl
     engine = Engine(config, size, config.train.global_batch_size // size // world_size, torch.device("cpu"))
     engine.load_universal(convert_together(checkpoint, folder, Console(quiet=True)))
     ours = {"world_size": world_size, "zero_stage": config.parallel.zero_stage, "precision": config.train.precision}
-    writer = CheckpointWriter(folder, keep=9)
-    writer.begin(read_manifest(checkpoint).model_copy(update=ours), lambda aside: engine.save(aside, snapshot=False))
-    writer.finish(beat=lambda: None)
+    save(engine, read_manifest(checkpoint).model_copy(update=ours), folder)
     live, derived = {}, True
     inner = engine._engine.optimizer
     if config.parallel.zero_stage in (1, 2):
@@ -127,7 +135,7 @@ def load_and_save(config: RunConfig, checkpoint: Path) -> tuple[States, bool, fl
         micro_batch_size=size,
         rank=dist.get_rank(),
         world_size=world_size,
-        max_batches=2,
+        max_batches=1,
     )
     found = engine.evaluate(validation)
     assert found is not None
@@ -149,9 +157,9 @@ def worlds(one_rank, two_ranks, three_ranks, four_ranks) -> dict[int, Ranks]:
         (Setup(2, 2, micro_batch_size=2), Setup(4, 3), True),
         (Setup(4, 3, "bf16"), Setup(3, 2, "bf16", micro_batch_size=1), False),
         (Setup(3, 0, "bf16"), Setup(2, 3, "fp32", offload=True), True),
-        (Setup(2, 3), Setup(3, 1, "bf16"), False),
+        (Setup(2, 3, option=("sub_group_size", 2000)), Setup(3, 1, "bf16"), False),
         (Setup(2, 1, "bf16", offload=True), Setup(2, 2), True),
-        (Setup(4, 2), Setup(1, 0), True),
+        (Setup(4, 2, option=("round_robin_gradients", True)), Setup(1, 0), True),
     ],
     ids=str,
 )
@@ -250,6 +258,30 @@ def test_state_of_another_optimizer_than_adam_moves_as_well(two_ranks, one_rank,
         moved = config_of(Setup(1, zero_stage), corpus, tmp_path / f"moved{zero_stage}", resume=str(checkpoint))
         found = losses(one_rank.run(with_momentum, train_and_report, moved)[0])
         assert found == pytest.approx(expected[CUT:], abs=1e-5)
+
+
+def scale_after_moving(config: RunConfig, checkpoint: Path, folder: Path) -> float:
+    """Load an fp16 checkpoint, save it into `folder` with a loss scale of 512, move that; the scale that arrives."""
+    source = Engine(config, 12, 1, torch.device("cpu"))
+    source.load(checkpoint)
+    scaler = source._engine.torch_autocast_z0_gradscaler
+    scaler.load_state_dict(scaler.state_dict() | {"scale": 512.0})
+    save(source, read_manifest(checkpoint), folder)
+    source.close()
+    target = Engine(config, 12, 1, torch.device("cpu"))
+    target.load_universal(convert_together(folder / checkpoint.name, folder, Console(quiet=True)))
+    scale = target._engine.torch_autocast_z0_gradscaler.get_scale()
+    target.close()
+    return scale
+
+
+def test_loss_scale_of_fp16_moves_as_well(one_rank, corpus, tmp_path):
+    config = config_of(Setup(1, 0), corpus, tmp_path / "run")
+    train = config.train.model_copy(update={"precision": "fp16"})  # which the configuration refuses on a CPU
+    fp16 = config.model_copy(update={"train": train})
+    one_rank.run(train_and_report, fp16)
+    checkpoint = tmp_path / f"run/checkpoints/step_{STEPS:08d}"
+    assert one_rank.run(scale_after_moving, fp16, checkpoint, tmp_path / "saved") == [512.0]
 
 
 @pytest.fixture(scope="module")

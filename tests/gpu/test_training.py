@@ -75,6 +75,23 @@ def test_losses_with_offload_are_those_without(config_file, cpu_losses, tmp_path
     assert losses(records) == pytest.approx(cpu_losses, rel=1e-4)
 
 
+@pytest.mark.parametrize(("then", "now"), [(2, 0), (0, 3)])
+def test_fp16_run_goes_on_at_another_zero_stage_with_its_loss_scale(then, now, config_file, tmp_path):
+    settings = ["train.precision=fp16", "checkpoint.every=10"]
+    whole = launched(config_file, *settings, f"parallel.zero_stage={then}", f"train.run_dir={tmp_path / 'whole'}")
+    checkpoint = tmp_path / "whole/checkpoints/step_00000010"
+    moved = launched(
+        config_file,
+        *settings,
+        f"parallel.zero_stage={now}",
+        f"train.run_dir={tmp_path / 'moved'}",
+        f"checkpoint.resume={checkpoint}",
+    )
+    assert losses(moved) == pytest.approx(losses(whole)[10:], rel=0.01)
+    skipped = [record["skipped_steps"] for record in (*whole, *moved) if record["kind"] == "train"]
+    assert skipped[20:] == skipped[10:20]  # a scale that began anew would be too high, and skip steps
+
+
 @pytest.mark.parametrize("zero_stage", [0, 1, 2])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_muon_trains_on_the_gpu_as_on_the_cpu(precision, zero_stage, config_file, tmp_path):

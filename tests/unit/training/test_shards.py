@@ -1,7 +1,6 @@
 """Every element of every parameter is found again in the shards, however they were cut; unknown layouts are refused."""
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megagpt.errors import UserError
-from megagpt.training.shards import Layout, Shards, layout_of_cuts, layout_of_slices
-
-
-@dataclass
-class Address:
-    """As DeepSpeed describes a piece in its files."""
-
-    start: int
-    numel: int
-
+from megagpt.training.shards import Layout, Shards, layout_of_cuts, layout_of_flat_groups
 
 shapes_of_groups = st.lists(
     st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=3), min_size=1, max_size=5), min_size=1, max_size=3
@@ -60,26 +50,17 @@ def test_parameters_cut_one_by_one_are_found(shapes, world_size):
             assert joined(layout, name, flats) == list(range(shape.numel()))
 
 
-@given(shapes_of_groups, st.integers(1, 5))
-def test_parameters_of_flat_groups_are_found(shapes, world_size):
+@given(shapes_of_groups, st.integers(1, 5), st.integers(0, 2), st.integers(0, 3))
+def test_parameters_of_flat_groups_are_found(shapes, world_size, gap, further_padding):
     groups = named(shapes)
     flats: list[list[np.ndarray]] = [[] for _ in range(world_size)]
-    slices: list[list[dict[str, Address]]] = [[] for _ in range(world_size)]
     for group in groups:
-        owners = np.concatenate([np.full(shape.numel(), number) for number, shape in enumerate(group.values())])
-        values = np.concatenate([np.arange(shape.numel()) for shape in group.values()])
-        padding = -len(values) % world_size
-        for rank, (owned, part) in enumerate(
-            zip(
-                np.split(np.pad(owners, (0, padding), constant_values=-1), world_size),
-                np.split(np.pad(values, (0, padding)), world_size),
-                strict=True,
-            )
-        ):
+        whole = np.concatenate([np.append(np.arange(shape.numel()), [-1] * gap) for shape in group.values()])
+        padding = -len(whole) % world_size + further_padding * world_size
+        for rank, part in enumerate(np.split(np.pad(whole, (0, padding)), world_size)):
             flats[rank].append(part)
-            found = {name: np.flatnonzero(owned == number) for number, name in enumerate(group)}
-            slices[rank].append({name: Address(int(at[0]), len(at)) for name, at in found.items() if len(at)})
-    layout = layout_of_slices(slices)
+    gaps = [[gap] * len(group) for group in groups] if gap else None
+    layout = layout_of_flat_groups(groups, [len(part) for part in flats[0]], gaps)
     for group in groups:
         for name, shape in group.items():
             assert joined(layout, name, flats) == list(range(shape.numel()))
@@ -91,7 +72,6 @@ def write_stage_1(folder: Path, *states: dict[str, Any], optimizer: Any = None) 
     torch.save({"param_shapes": [{"w": torch.Size([3, 2])}], "module": {}}, folder / "mp_rank_00_model_states.pt")
     for rank, state in enumerate(states):
         content = {
-            "param_slice_mappings": [{"w": Address(0, 4 if rank == 0 else 2)}],
             "single_partition_of_fp32_groups": [weight[:4] if rank == 0 else weight[4:]],
             "group_paddings": [0 if rank == 0 else 2],
             "base_optimizer_state": optimizer or {"state": {0: state}},
