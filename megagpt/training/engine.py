@@ -26,6 +26,7 @@ import deepspeed
 import torch
 import torch._inductor.config
 import torch.distributed as dist
+from deepspeed.runtime import torch_autocast
 from torch import nn
 
 from megagpt.config.schema import RunConfig
@@ -123,6 +124,8 @@ class Engine:
         self.micro_batch_size = micro_batch_size
         self.options = deepspeed_options(config, micro_batch_size, gradient_accumulation_steps, device)
         self.zero_stage = int(self.options["zero_optimization"]["stage"])
+        # DeepSpeed keeps this for the whole process: after an engine with autocast, one with fp16 weights never steps.
+        torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
         try:
             with deepspeed_output_to_log():
                 model = self._build_model(initial_weights)

@@ -38,7 +38,6 @@ _COMPARED: dict[str, str | None] = {
 }
 _AS_IT_WAS = "set it as it was, or start a new run in another train.run_dir"
 _MOST_NAMED = 8  # differences of data sets in one message
-_ADVICE = {}
 
 
 class Resumption(NamedTuple):
