@@ -7,7 +7,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint benchmark format clean
+.PHONY: help setup quickstart test lint benchmark soak format clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -38,6 +38,9 @@ lint: setup ## ruff (lint and format) and mypy
 
 benchmark: setup ## a training step side by side with a plain torch loop
 	@$(BIN)/python -m tools.benchmark train configs/small.yaml
+
+soak: setup ## half an hour of training under kills, signals, hangs and changing ranks (see docs/reliability.md)
+	@$(BIN)/python -m tests.distributed.soak
 
 format: setup ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .

@@ -52,7 +52,7 @@ def test_losses_on_the_gpu_are_those_of_the_cpu(zero_stage, precision, config_fi
     settings = [f"train.precision={precision}", f"parallel.zero_stage={zero_stage}", "train.micro_batch_size=2"]
     records = launched(config_file, *settings, f"train.run_dir={tmp_path / 'run'}")
     if precision == "fp16":  # steps are skipped until the loss scale fits, so only the course can be compared
-        assert records[-1]["kind"] == "checkpoint"
+        assert records[-1]["reason"] == "finished"
         assert min(losses(records)) < cpu_losses[0] - 0.5
     else:
         assert losses(records) == pytest.approx(cpu_losses, rel=1e-4 if precision == "fp32" else 0.01)
@@ -67,6 +67,30 @@ def test_compiled_run_resumes_bit_identical_and_reports_its_use_of_the_gpu(confi
     last = [record for record in whole if record["kind"] == "train"][-1]
     assert 0 < last["peak_memory_bytes"] < torch.cuda.get_device_properties(0).total_memory
     assert last["mfu"] is None or 0 < last["mfu"] < 1
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_step_never_waits_for_the_device(zero_stage, precision, tmp_path):
+    command = [sys.executable, "-m", "tests.gpu.step_without_sync", str(zero_stage), precision, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_non_finite_steps_change_nothing(zero_stage, config_file, tmp_path):
+    settings = ["optimizer.lr=1e30", "optimizer.weight_decay=0", "schedule.name=constant", "schedule.warmup_steps=0"]
+    settings += ["train.precision=bf16", f"parallel.zero_stage={zero_stage}", "checkpoint.every=1", "train.steps=4"]
+    records = launched(config_file, *settings, "checkpoint.keep=9", f"train.run_dir={tmp_path / 'run'}")
+    assert [record["skipped_steps"] for record in records if record["kind"] == "train"] == [0, 1, 2, 3]
+    weights = [load_weights(tmp_path / f"run/checkpoints/step_0000000{step}") for step in (1, 4)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_deterministic_runs_repeat_each_other_bit_for_bit(config_file, tmp_path):
+    settings = ["train.deterministic=true", "train.precision=bf16", "train.compile=true", "model.dropout=0.1"]
+    runs = [launched(config_file, *settings, f"train.run_dir={tmp_path / name}") for name in ("one", "two")]
+    assert losses(runs[0]) == losses(runs[1])
 
 
 def test_losses_with_offload_are_those_without(config_file, cpu_losses, tmp_path):
