@@ -34,17 +34,17 @@ class BatchSizes:
         sizes = self.sizes()
         return sizes[consumed * (len(sizes) - 1) // self.samples]
 
-    def after_steps(self, steps: int) -> int:
-        """Sequences consumed by the first `steps` steps."""
-        return self._walk(steps, math.inf)[1]
+    def after_steps(self, steps: int, consumed: int = 0) -> int:
+        """Sequences consumed when `steps` more steps have followed the first `consumed` sequences."""
+        return self._walk(consumed, steps, math.inf)[1]
 
-    def steps_for(self, sequences: int) -> int:
-        """The fewest steps that consume at least this many sequences."""
-        return self._walk(math.inf, sequences)[0]
+    def steps_for(self, sequences: int, consumed: int = 0) -> int:
+        """The fewest steps that consume at least this many sequences after the first `consumed` ones."""
+        return self._walk(consumed, math.inf, consumed + sequences)[0]
 
-    def _walk(self, max_steps: float, max_sequences: float) -> tuple[int, int]:
+    def _walk(self, consumed: int, max_steps: float, max_sequences: float) -> tuple[int, int]:
         """Steps and sequences until one of the limits is reached, a stage at a time."""
-        steps = consumed = 0
+        steps = 0
         while steps < max_steps and consumed < max_sequences:
             size, count = self.at(consumed), max_steps - steps
             if consumed < self.samples:

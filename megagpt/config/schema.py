@@ -401,20 +401,16 @@ class RunConfig(Section):
         """Tokens a sample, with the default resolved."""
         return self.data.seq_len or self.model.max_seq_len
 
-    @property
-    def batches(self) -> BatchSizes:
-        """Sequences of every step."""
-        return self.train.batches
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of the whole run, from train.tokens if they are given."""
-        return self.train.total_steps(self.seq_len)
-
-    @property
-    def total_tokens(self) -> int:
-        """Tokens of the whole run."""
-        return self.batches.after_steps(self.total_steps) * self.seq_len
+    @field_validator("checkpoint")
+    @classmethod
+    def _check_beginning(cls, checkpoint: CheckpointConfig, info: ValidationInfo) -> CheckpointConfig:
+        train = info.data.get("train")
+        if train and train.init_from and checkpoint.resume not in ("auto", "never"):
+            raise _problem(
+                "checkpoint.resume",
+                "names a checkpoint to continue, and train.init_from weights to start anew from; give one of them",
+            )
+        return checkpoint
 
     @field_validator("data")
     @classmethod

@@ -5,19 +5,17 @@ contiguous parts, in micro-batches. What a window holds depends on datasets, see
 of ranks, the micro-batches or where a run was resumed.
 """
 
-import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import xxhash
 
 from megagpt.config.batch import BatchSizes
 from megagpt.config.schema import DataSource
@@ -125,27 +123,6 @@ class TrainingData:
         self._blended = [self._samples[dataset.identity] for dataset in segment.datasets]
         assert len(self._blended) == len(self._samples), "a history of other datasets"
         self._offsets = np.array([dataset.offset for dataset in segment.datasets])
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """All that decides which sample is which from here on, in JSON types; paths and machines are no part of it."""
-        segment = self.history.current
-        return {
-            "order_version": self.history.order_version,
-            "start": segment.start,
-            "seq_len": segment.seq_len,
-            "seed": self.history.seed,
-            "tokenizer": self.tokenizer and self.tokenizer.vocab_sha256,
-            "datasets": [
-                {**dataset.identity.model_dump(), "offset": dataset.offset, "quota": quota}
-                for dataset, quota in zip(segment.datasets, self.blend.quotas.tolist(), strict=True)
-            ],
-        }
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of `identity`: runs of equal fingerprints read the same samples in the same order from here on."""
-        return xxhash.xxh3_128_hexdigest(json.dumps(self.identity, sort_keys=True).encode())
 
     def epochs(self, consumed: int) -> dict[str, float]:
         """How often each dataset, by name, has been read after `consumed` samples of the whole run."""

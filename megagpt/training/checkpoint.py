@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 2
 _NAME = re.compile(r"step_(\d{8,})")
 SHARDS = "deepspeed"
+REPLACED, DAMAGED = ".replacing_", ".damaged_"  # prefixes of checkpoints that no longer count
 
 
 class DamagedCheckpointError(UserError):
@@ -46,7 +47,9 @@ class CheckpointManifest(BaseModel):
     step: int
     """Optimizer steps done."""
     consumed_samples: int
-    """Sequences of the global order that those steps read."""
+    """Position in the global order of sequences after those steps."""
+    consumed_tokens: int
+    """Tokens that those steps were trained on."""
     skipped_steps: int = 0
     """How many of those steps had a non-finite gradient and changed nothing."""
     world_size: int
@@ -61,7 +64,9 @@ class CheckpointManifest(BaseModel):
     optimizer: str = "adamw"
     no_decay: list[str]
     schedule: Schedule
-    """The learning rates that the run was trained with."""
+    """The learning rates of the run, as its last start had them."""
+    sharding: dict[str, Any] = {}
+    """Raw DeepSpeed options that decide how the shards are cut."""
     skipped_samples: list[tuple[int, int]] = []
     """Ranges (start, stop) of samples that are never read, since a batch of them made the loss spike."""
     rollbacks: int = 0
@@ -72,6 +77,8 @@ class CheckpointManifest(BaseModel):
     """When the run was first started, seconds since 1970."""
     productive_seconds: float = 0.0
     """Time that the steps took which led here."""
+    recent_losses: list[float] = []
+    """Losses of the last steps, with which the next one is compared."""
     data: BlendHistory
     """What was read of each dataset, blend by blend."""
     model: dict[str, Any]
@@ -135,8 +142,10 @@ def read_manifest(checkpoint: Path) -> CheckpointManifest:
         values = json.loads(path.read_bytes())
         version = values.get("format_version") if isinstance(values, dict) else None
         if isinstance(version, int) and version != FORMAT_VERSION:
-            age = "newer" if version > FORMAT_VERSION else "older"
-            raise UserError(f"{path}: format {version} is {age} than this version of megagpt reads ({FORMAT_VERSION})")
+            raise UserError(
+                f"{path}: has format {version}, but this version of megagpt reads format {FORMAT_VERSION}; "
+                "use the version that wrote it"
+            )
         manifest = CheckpointManifest.model_validate(values)
     except FileNotFoundError:
         raise DamagedCheckpointError(f"{path}: no such file") from None
@@ -166,11 +175,24 @@ def verify_checksums(checkpoint: Path, part: int = 0, parts: int = 1) -> None:
             )
 
 
+def rescue(folder: Path) -> None:
+    """Give back what a killed process was about to replace: the old checkpoint, set aside, but no new one in place."""
+    for aside in folder.glob(f"{REPLACED}step_*"):
+        original = folder / aside.name.removeprefix(REPLACED)
+        if not original.exists():
+            aside.rename(original)
+
+
+def set_aside(checkpoint: Path) -> None:
+    """Take a damaged checkpoint out of the count; the next one that is saved removes it."""
+    checkpoint.rename(checkpoint.with_name(f"{DAMAGED}{checkpoint.name}"))
+
+
 def damage_of(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
     """What is wrong with the files that `verify_checksums` would read; None if nothing."""
     try:
         verify_checksums(checkpoint, part, parts)
-    except DamagedCheckpointError as error:
+    except (DamagedCheckpointError, OSError) as error:
         return str(error)
     return None
 

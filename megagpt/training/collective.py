@@ -39,8 +39,8 @@ def on_rank_0(function: Callable[[], T], group: dist.ProcessGroup | None = None)
     return box[0]  # type: ignore[return-value]
 
 
-def first_answer(answer: T | None) -> T | None:
+def first_answer(answer: T | None, group: dist.ProcessGroup | None = None) -> T | None:
     """The answer of the lowest rank that has one, on every rank; None if none has."""
     answers: list[T | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(answers, answer)
+    dist.all_gather_object(answers, answer, group=group)
     return next((found for found in answers if found is not None), None)

@@ -46,10 +46,6 @@ class HostGroup:
         dist.all_gather(values, torch.tensor([value], dtype=torch.float64), group=self._group)
         return torch.cat(values).tolist()
 
-    def barrier(self) -> None:
-        """Wait for all ranks, however long they take."""
-        dist.barrier(group=self._group)
-
     def close(self) -> None:
         """Give the connections back."""
         dist.destroy_process_group(self._group)

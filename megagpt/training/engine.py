@@ -255,13 +255,16 @@ class Engine:
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote at the same world size and ZeRO stage; all ranks call it."""
-        path, state = self._engine.load_checkpoint(str(folder), tag=SHARDS)
+        with deepspeed_output_to_log():
+            path, state = self._engine.load_checkpoint(str(folder), tag=SHARDS)
         if path is None:
             raise UserError(f"{folder}: DeepSpeed found no checkpoint in it")
         if self._engine.torch_autocast_z0_gradscaler:
             self._engine.torch_autocast_z0_gradscaler.load_state_dict(state["loss_scaler"])
         # The checkpoint brings the optimizer's settings with it; what the configuration says now counts.
         apply_settings(self._engine.optimizer.param_groups, self.config.optimizer)
+        if self.zero_stage in (1, 2):
+            self._engine.optimizer.clip_grad = self.config.optimizer.grad_clip
 
     def load_universal(self, form: Path) -> None:
         """Read the universal form of a checkpoint that any world size, ZeRO stage and precision wrote; all ranks."""

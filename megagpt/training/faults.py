@@ -5,7 +5,6 @@ Every rank sees the same reduced numbers, so all come to the same decision witho
 
 import math
 import statistics
-from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -21,9 +20,9 @@ _LEAST_SPREAD = 1e-4  # of the median: losses that hardly differ make no spike o
 class RollBackError(Exception):
     """The run shall go back to its newest checkpoint and leave out a window of samples."""
 
-    def __init__(self, window: Window) -> None:
-        super().__init__(f"rollback over samples {window.start} to {window.stop}")
-        self.window = window
+    def __init__(self, step: int, window: Window, loss: float, score: float) -> None:
+        super().__init__(f"the loss of step {step} was {loss:.4f}, {score:.1f} robust standard deviations too high")
+        self.window, self.loss, self.score = window, loss, score
 
 
 class NonFiniteSteps(Callback):
@@ -80,20 +79,20 @@ class LossSpikes(Callback):
     def __init__(self, metrics: Metrics, has_checkpoint: Callable[[Trainer], bool]) -> None:
         """has_checkpoint: whether there is one to go back to; asked on all ranks."""
         self._metrics, self._has_checkpoint = metrics, has_checkpoint
-        self._losses: deque[float] = deque()
-        self._spike: StepInfo | None = None
+        self._spike: RollBackError | None = None
 
     def on_numbers(self, trainer: Trainer, info: StepInfo, numbers: StepNumbers) -> None:
         faults = trainer.config.faults
         if numbers.skipped or not math.isfinite(numbers.loss) or not faults.spike_threshold:
             return
-        if len(self._losses) == faults.spike_window:
-            score = robust_score(numbers.loss, list(self._losses))
+        recent = trainer.progress.recent_losses
+        if len(recent) >= faults.spike_window:
+            score = robust_score(numbers.loss, recent[-faults.spike_window :])
             if score > faults.spike_threshold:
                 self._report(info, numbers.loss, score)
-                self._spike = self._spike or info
-            self._losses.popleft()
-        self._losses.append(numbers.loss)
+                self._spike = self._spike or RollBackError(info.step, info.window, numbers.loss, score)
+        # A new list, since a checkpoint may hold the old one.
+        trainer.progress.recent_losses = [*recent, numbers.loss][-faults.spike_window :]
 
     def on_step(self, trainer: Trainer, info: StepInfo) -> None:
         if self._spike is None:
@@ -104,12 +103,12 @@ class LossSpikes(Callback):
         trainer.settle()
         if trainer.progress.rollbacks >= trainer.config.faults.max_rollbacks:
             raise AgreedError(
-                f"step {spike.step}: the loss jumped again after {trainer.progress.rollbacks} rollbacks "
-                "(faults.max_rollbacks); lower optimizer.lr or look at the data",
+                f"{spike}, again after {trainer.progress.rollbacks} rollbacks (faults.max_rollbacks); "
+                "lower optimizer.lr or look at the data",
                 exit_code=1,
             )
         if self._has_checkpoint(trainer):
-            raise RollBackError(spike.window)
+            raise spike
 
     def _report(self, info: StepInfo, loss: float, score: float) -> None:
         window = info.window

@@ -20,6 +20,7 @@ import yaml
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from megagpt.config.compatibility import weight_differences
 from megagpt.config.schema import ModelConfig
 from megagpt.config.yaml12 import parse
 from megagpt.data.manifest import TokenizerInfo
@@ -60,8 +61,9 @@ def open_initial_weights(
     where = f"train.init_from {path}"
     files = sorted(path.glob("*.safetensors"))
     source = _open_export(path, files, where) if files else _open_checkpoint(path, where, part, parts)
-    if different := _differences(source.model, model):
-        raise UsageError(f"{where}: is of another model: {', '.join(different)}; set the section model as it is there")
+    if different := weight_differences(source.model, model):
+        texts = ", ".join(f"model.{key} is {there} there and {here} here" for key, (there, here) in different.items())
+        raise UsageError(f"{where}: is of another model: {texts}; set the section model as it is there")
     _check_tokenizer(source.tokenizer, tokenizer, where)
     with torch.device("meta"):
         expected = {name: tuple(parameter.shape) for name, parameter in GPT(model).named_parameters()}
@@ -158,24 +160,6 @@ def _model_of(values: Any, where: str) -> ModelConfig:
         problem = error.errors()[0]
         key = ".".join(map(str, ("model", *problem["loc"])))
         raise UserError(f"{where}: this version of megagpt does not know its {key}: {problem['msg']}") from None
-
-
-def _differences(there: ModelConfig, here: ModelConfig) -> list[str]:
-    """What of the model differs that changes the shape or the meaning of its weights."""
-    free = {"dropout", "initializer_range"}
-    if here.position != "learned":
-        free.add("max_seq_len")
-    if here.position != "rope":
-        free.add("rope_theta")
-    before, now = (
-        model.model_dump() | {"num_kv_heads": model.kv_heads, "ffn_hidden_size": model.ffn_size}
-        for model in (there, here)
-    )
-    return [
-        f"model.{key} is {value} there and {now[key]} here"
-        for key, value in before.items()
-        if key not in free and value != now[key]
-    ]
 
 
 def _check_tokenizer(path: Path, tokenizer: TokenizerInfo | None, where: str) -> None:

@@ -50,10 +50,10 @@ def _tokenizer(sources: Sequence[DataSource]) -> Tokenizer | None:
     return None
 
 
-def _token_bytes(config: RunConfig) -> npt.NDArray[np.int64] | None:
-    """Bytes of each token, for bits per byte; None where the validation data's tokenizer is not to be had."""
+def _token_bytes(source: DataSource) -> npt.NDArray[np.int64] | None:
+    """Bytes of each token of a dataset, for bits per byte; None where its tokenizer is not to be had."""
     try:
-        tokenizer = _tokenizer(config.data.validation)
+        tokenizer = _tokenizer([source])
     except UserError as error:  # training itself needs no vocabulary
         logger.warning("no bits per byte in evaluations: %s", error)
         return None
@@ -67,14 +67,13 @@ def open_data(
     vocab_size = config.model.vocab_size
     data = TrainingData(config.data.train, config.seq_len, config.train.seed, config.data.document_mask, vocab_size)
     names = distinct_names(config.data.validation, "data.validation")
-    token_bytes = _token_bytes(config)
     validation = {
         name: ValidationData(
             source,
             config.seq_len,
             config.data.document_mask,
             vocab_size,
-            token_bytes,
+            _token_bytes(source),
             global_batch_size=config.train.global_batch_size,
             micro_batch_size=micro_batch_size,
             rank=rank,

@@ -110,7 +110,7 @@ class Metrics(Callback):
             "kind": "train",
             "step": info.step,
             "time": now,
-            "tokens": info.window.stop * config.seq_len,
+            "tokens": info.tokens,
             "batch_size": info.window.size,
             "loss": numbers.loss,
             "lr": info.lr,

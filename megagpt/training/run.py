@@ -27,6 +27,7 @@ from megagpt.training.collective import on_rank_0, together
 from megagpt.training.control import HostGroup
 from megagpt.training.engine import Engine
 from megagpt.training.faults import LossSpikes, NonFiniteSteps, RollBackError
+from megagpt.training.horizon import Horizon, horizon
 from megagpt.training.initial_weights import open_initial_weights
 from megagpt.training.metrics import JsonLines, Record, Sink
 from megagpt.training.opening import open_data, sample_writer
@@ -37,7 +38,7 @@ from megagpt.training.schedule import Schedule
 from megagpt.training.sinks import ConsoleSink, TensorBoardSink, WandbSink
 from megagpt.training.supervision import Supervisor
 from megagpt.training.trainer import Callback, Progress, Trainer
-from megagpt.training.universal_loading import convert_together, needs_conversion
+from megagpt.training.universal_loading import convert_together, needs_conversion, sharding_options
 
 logger = logging.getLogger(__name__)
 
@@ -63,13 +64,13 @@ def train(config: RunConfig, device: torch.device, console: Console, supervisor:
         supervisor.beat("verifying the newest checkpoint", patient=True)
         template = _describe(config, data, world_size)
         resumption = find_resumption(config, template)
-        progress = _progress(resumption)
+        progress = _progress(config, resumption)
         if resumption:
-            data.follow(resumption.history)
-            template = template.model_copy(update={"data": data.history})
-        if progress.step >= config.total_steps and not progress.evaluation_due:
+            template = _follow(resumption, data, template)
+        length = horizon(config, progress)
+        if progress.step >= length.steps and not progress.evaluation_due:
             if rank == 0:
-                done = f"{config.train.run_dir}: all {config.total_steps} steps are done"
+                done = f"{config.train.run_dir}: all {length.steps} steps are done"
                 console.print(f"{done}; raise train.steps to go on")
             return "finished"
         weights = None
@@ -80,7 +81,7 @@ def train(config: RunConfig, device: torch.device, console: Console, supervisor:
         write_samples = together(lambda: sample_writer(config))
         on_rank_0(lambda: run_folder.prepare(config, data, progress.step))
         if rank == 0:
-            _print_plan(console, config, data, device, micro_batch_size, accumulation_steps, resumption)
+            _print_plan(console, config, data, device, micro_batch_size, accumulation_steps, length, resumption)
         supervisor.beat("building the model")
         engine = together(lambda: Engine(config, micro_batch_size, accumulation_steps, device, weights))
         weights = None  # frees those of a checkpoint, which are whole in memory
@@ -152,7 +153,7 @@ class _Run:
     def fit(self, progress: Progress, first: list[Record]) -> Outcome:
         """Hang the callbacks on the loop and run the steps after `progress`."""
         config, device = self.config, self.engine.device
-        sinks = together(lambda: self._open_sinks(progress.step) if self.rank == 0 else [])
+        sinks = together(lambda: self._open_sinks(progress) if self.rank == 0 else [])
         on_gpu = device.type == "cuda"
         peak = peak_flops(torch.cuda.get_device_name(device), config.train.precision) if on_gpu else None
         metrics = Metrics(sinks, peak, self.data.epochs, first)
@@ -172,8 +173,9 @@ class _Run:
         ]
         if config.train.profile:
             callbacks.append(Profiling(config.train.profile, self.run_dir / "profile"))
-        remaining = config.total_steps - progress.step
-        windows = step_windows(config.batches, progress.consumed_samples, remaining, progress.skipped_samples)
+        length = horizon(config, progress)
+        batches, remaining = config.train.batches, length.steps - progress.step
+        windows = step_windows(batches, progress.consumed_samples, remaining, progress.skipped_samples)
         with BatchLoader(
             self.data,
             windows,
@@ -189,47 +191,57 @@ class _Run:
     def roll_back(self, progress: Progress, error: RollBackError) -> tuple[Progress, list[Record]]:
         """Load the newest checkpoint; the progress from there, without the window that made the loss jump."""
         self.supervisor.beat("going back to a checkpoint", patient=True)
-        resumption = find_resumption(self.config, self.template)
+        resumption = find_resumption(self.config, self.template, resume="auto")
         assert resumption is not None, "has_checkpoint said that there is one"
+        self.template = _follow(resumption, self.data, self.template)
         self.load(resumption)
-        back = _progress(resumption)
         window = error.window
         back = replace(
-            back,
+            _progress(self.config, resumption),
             rollbacks=progress.rollbacks + 1,
-            skipped_samples=[*back.skipped_samples, (window.start, window.stop)],
+            skipped_samples=[*progress.skipped_samples, (window.start, window.stop)],
         )
         on_rank_0(lambda: run_folder.prepare(self.config, self.data, back.step))
         message = f"back from step {progress.step} to {back.step}, without samples {window.start} to {window.stop - 1}"
-        samples = [window.start, window.stop]
-        record = {"kind": "event", "step": back.step, "event": "rollback", "message": message, "samples": samples}
-        return back, [record]
+        event = {"kind": "event", "step": back.step, "event": "rollback", "message": f"{message}: {error}"}
+        return back, [event | {"samples": [window.start, window.stop], "loss": error.loss, "score": error.score}]
 
-    def _open_sinks(self, first_step: int) -> list[Sink]:
+    def _open_sinks(self, progress: Progress) -> list[Sink]:
         logging, run_dir = self.config.logging, self.run_dir
         sinks: list[Sink] = [JsonLines(run_dir / "metrics.jsonl")]
         if logging.wandb:
             resolved = self.config.model_dump(mode="json")
             sinks.append(WandbSink(run_dir, logging.wandb_project, logging.wandb_mode, resolved))
         if logging.tensorboard:
-            sinks.append(TensorBoardSink(run_dir, first_step))
-        return [*sinks, ConsoleSink(self.config.total_steps, first_step, self.console)]
+            sinks.append(TensorBoardSink(run_dir, progress.step))
+        return [*sinks, ConsoleSink(horizon(self.config, progress).steps, progress.step, self.console)]
 
 
-def _progress(resumption: Resumption | None) -> Progress:
-    """Where the run continues; a new one is started now, by rank 0's clock."""
+def _progress(config: RunConfig, resumption: Resumption | None) -> Progress:
+    """Where the run continues; one that is new, or branches off another, is started now, by rank 0's clock."""
+    now = on_rank_0(time.time)
     if resumption is None:
-        return Progress(started=on_rank_0(time.time))
+        return Progress(started=now)
     manifest = resumption.manifest
-    return Progress(**{field.name: getattr(manifest, field.name) for field in fields(Progress)})
+    progress = Progress(**{field.name: getattr(manifest, field.name) for field in fields(Progress)})
+    if resumption.checkpoint.parent == Path(config.train.run_dir) / "checkpoints":
+        return progress
+    return replace(progress, started=now, productive_seconds=0.0)
+
+
+def _follow(resumption: Resumption, data: TrainingData, template: CheckpointManifest) -> CheckpointManifest:
+    """Let the data go on as the resumption says; what this run's checkpoints then say of themselves."""
+    data.follow(resumption.history)
+    return template.model_copy(update={"data": data.history, "schedule": resumption.schedule})
 
 
 def _describe(config: RunConfig, data: TrainingData, world_size: int) -> CheckpointManifest:
     """What this run's checkpoints say of themselves, at step 0."""
-    batches = config.batches
+    batches = config.train.batches
     return CheckpointManifest(
         step=0,
         consumed_samples=0,
+        consumed_tokens=0,
         world_size=world_size,
         zero_stage=config.parallel.zero_stage,
         precision=config.train.precision,
@@ -240,7 +252,8 @@ def _describe(config: RunConfig, data: TrainingData, world_size: int) -> Checkpo
         document_mask=config.data.document_mask,
         optimizer=config.optimizer.name,
         no_decay=sorted(config.optimizer.no_decay),
-        schedule=Schedule.of(config),
+        schedule=Schedule.of(config, horizon(config)),
+        sharding=sharding_options(config),
         data=data.history,
         model=config.model.model_dump(),
         versions={
@@ -259,23 +272,24 @@ def _print_plan(
     device: torch.device,
     micro_batch_size: int,
     accumulation_steps: int,
+    length: Horizon,
     resumption: Resumption | None,
 ) -> None:
     """What is about to happen, before the first slow thing does."""
-    cut, model, steps = config.train, config.model, config.total_steps
+    cut, model, batches = config.train, config.model, config.train.batches
     device_name = (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU with {torch.get_num_threads()} thread(s)"
     )
     anew = f"starts from the weights of {cut.init_from}" if cut.init_from else "starts anew"
     start = f"continues from {resumption.checkpoint.name}" if resumption else anew
     available = sum(dataset.num_tokens for dataset in data.datasets)
-    epochs = ", ".join(f"{epochs:.2f}" for epochs in data.epochs(config.batches.after_steps(steps)).values())
+    epochs = ", ".join(f"{epochs:.2f}" for epochs in data.epochs(_last_sample(config, length, resumption)).values())
     mflops = flops_per_token(model, config.seq_len) / 1e6
-    ramp = f", from {config.batches.start} sequences on" if config.batches.samples else ""
+    ramp = f", from {batches.start} sequences on" if batches.samples else ""
     lines = [
-        f"run      {cut.run_dir}: {start}, to step {steps:,}",
+        f"run      {cut.run_dir}: {start}, to step {length.steps:,}",
         f"model    {parameter_count(model):,} parameters, {mflops:,.1f} MFLOPs a token forward and backward",
-        f"data     {available:,} tokens; the whole run reads {config.total_tokens:,}, {epochs} epochs",
+        f"data     {available:,} tokens; the whole run reads {length.tokens:,}, {epochs} epochs",
         f"batch    {cut.global_batch_size} sequences of {config.seq_len} tokens = {micro_batch_size} a micro-batch "
         f"x {accumulation_steps} accumulated x {dist.get_world_size()} ranks{ramp}",
         f"machine  {device_name} a rank, {cut.precision}, ZeRO stage {config.parallel.zero_stage}",
@@ -283,3 +297,9 @@ def _print_plan(
     ]
     for line in lines:
         console.print(line)
+
+
+def _last_sample(config: RunConfig, length: Horizon, resumption: Resumption | None) -> int:
+    """Position in the global order at the end of the run."""
+    step, consumed = (resumption.manifest.step, resumption.manifest.consumed_samples) if resumption else (0, 0)
+    return config.train.batches.after_steps(length.steps - step, consumed)

@@ -44,6 +44,11 @@ def locked(run_dir: Path) -> Iterator[None]:
                 f"train.run_dir {run_dir}: another run is writing to it ({lock.read().strip()}); "
                 "stop that one, or choose another folder"
             ) from None
+        except OSError as error:
+            raise UserError(
+                f"train.run_dir {run_dir}: its file system gives no locks ({error.strerror}), without which two runs "
+                "could write into it; choose a folder on another one"
+            ) from error
         lock.truncate(0)
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()

@@ -9,6 +9,7 @@ Killed anywhere in between, a hidden folder remains that nothing reads and the n
 write (full disk) makes the save fail on all, with older checkpoints untouched.
 """
 
+import logging
 import os
 import random
 import shutil
@@ -27,9 +28,18 @@ import torch.distributed as dist
 from megagpt.data.atomic import fsync_path, replace_file
 from megagpt.data.manifest import FileChecksum
 from megagpt.errors import UserError
-from megagpt.training.checkpoint import SHARDS, CheckpointManifest, checkpoint_name, complete_checkpoints
+from megagpt.training.checkpoint import (
+    DAMAGED,
+    REPLACED,
+    SHARDS,
+    CheckpointManifest,
+    checkpoint_name,
+    complete_checkpoints,
+)
 from megagpt.training.collective import together
 from megagpt.training.snapshot import write_file
+
+logger = logging.getLogger(__name__)
 
 RANDOM_STATES = "random"
 
@@ -170,20 +180,26 @@ class CheckpointWriter:
             replace_file(aside / "manifest.json", (manifest.model_dump_json(indent=1) + "\n").encode())
             for folder in (SHARDS, RANDOM_STATES):
                 fsync_path(aside / folder)
-            doomed = self._folder / f".removing_{final.name}"
             if final.exists():
-                os.rename(final, doomed)
+                os.rename(final, self._folder / f"{REPLACED}{final.name}")
             os.rename(aside, final)
             fsync_path(self._folder)
-            shutil.rmtree(doomed, ignore_errors=True)
             replace_file(self._folder / "latest", f"{final.name}\n".encode())
-            for form in (*self._folder.glob(".universal_*"), *self._folder.glob(".converting_*")):
-                shutil.rmtree(form)  # of older checkpoints, from which nobody will continue any more
-            older = [path for path in complete_checkpoints(self._folder) if path != final]
-            for old in older[: max(0, len(older) - self._keep + 1)]:
-                remove_checkpoint(old)
         except OSError as error:
             raise self._refused(error) from error
+        try:
+            self._clear_away(final)
+        except OSError as error:  # the checkpoint is complete; the next one clears away what is left
+            logger.warning("cannot remove what %s supersedes: %s", final, error)
+
+    def _clear_away(self, final: Path) -> None:
+        """Remove older checkpoints beyond `keep`, and all that only they were of use to."""
+        for pattern in (f"{REPLACED}*", f"{DAMAGED}*", ".universal_*", ".converting_*"):
+            for path in self._folder.glob(pattern):
+                shutil.rmtree(path)
+        older = [path for path in complete_checkpoints(self._folder) if path != final]
+        for old in older[: max(0, len(older) - self._keep + 1)]:
+            remove_checkpoint(old)
 
     def _refused(self, error: Exception) -> UserError:
         free = shutil.disk_usage(self._folder if self._folder.exists() else self._folder.parent).free / 1e9

@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from megagpt.config.schema import RunConfig, ScheduleConfig
+from megagpt.training.horizon import Horizon
 
 
 class Schedule(BaseModel):
@@ -27,9 +28,9 @@ class Schedule(BaseModel):
     total: int
 
     @classmethod
-    def of(cls, config: RunConfig) -> "Schedule":
-        """The schedule that a run's configuration describes."""
-        total = config.total_tokens if config.schedule.in_tokens else config.total_steps
+    def of(cls, config: RunConfig, length: Horizon) -> "Schedule":
+        """The schedule that a configuration describes for a run of this length."""
+        total = length.tokens if config.schedule.in_tokens else length.steps
         return cls.build(config.schedule, config.optimizer.lr, total)
 
     @classmethod
@@ -61,17 +62,23 @@ class Schedule(BaseModel):
     def difference(self, earlier: "Schedule", progress: int) -> str | None:
         """Why training up to `progress` steps or tokens under `earlier` differs from this schedule; None: it does not.
 
-        Compared are the rates at a thousand points, which all shapes here are smooth enough for.
+        Compared are the rates at a thousand points and where a fall may begin or have come to; in between all shapes
+        here are smooth.
         """
         if earlier.unit != self.unit:
             return f"the schedule counted {earlier.unit} and now counts {self.unit}"
-        for number in range(1001):
-            point = progress * number // 1001
+        points = {progress * number // 1000 for number in range(1000)} | {progress - 1, earlier.fall[0], self.fall[0]}
+        for point in sorted(points):
             then, now = earlier.rate(point, point + 1), self.rate(point, point + 1)
-            if point < progress and not math.isclose(then, now, rel_tol=1e-9):
+            if 0 <= point < progress and not math.isclose(then, now, rel_tol=1e-9):
                 what = f"the learning rate of {self.unit.removesuffix('s')} {point}"
                 return f"{self._reason(earlier)}: {what} was {then:.4g} and would be {now:.4g}"
         return None
+
+    def kept_by(self, earlier: "Schedule") -> int | None:
+        """The length of the fall that gives a longer run the rates of `earlier`; None if other things changed too."""
+        only_longer = earlier.model_copy(update={"total": self.total}) == self
+        return earlier.fall[1] if only_longer and self.shape in ("cosine", "linear") else None
 
     def _reason(self, earlier: "Schedule") -> str:
         """What the user changed."""

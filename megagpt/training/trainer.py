@@ -17,6 +17,7 @@ from megagpt.config.schema import RunConfig
 from megagpt.data.loader import BatchLoader, StepBatches, Window
 from megagpt.training.control import HostGroup
 from megagpt.training.engine import Engine
+from megagpt.training.horizon import horizon
 from megagpt.training.schedule import Schedule
 from megagpt.training.step import StepNumbers, StepResult
 from megagpt.training.supervision import Supervisor
@@ -30,6 +31,8 @@ class Progress:
     """Optimizer steps done."""
     consumed_samples: int = 0
     """Position in the global order of samples after them."""
+    consumed_tokens: int = 0
+    """Tokens that they were trained on."""
     skipped_steps: int = 0
     """How many of them had a non-finite loss or gradient and changed nothing."""
     skipped_samples: list[tuple[int, int]] = field(default_factory=list)
@@ -42,6 +45,8 @@ class Progress:
     """When the run was first started, seconds since 1970."""
     productive_seconds: float = 0.0
     """Time that the steps took."""
+    recent_losses: list[float] = field(default_factory=list)
+    """Losses of the last steps, with which the next one is compared."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,8 @@ class StepInfo:
 
     step: int
     window: Window
+    tokens: int
+    """Of the whole run so far, this step's included."""
     lr: float
     result: StepResult
     data_seconds: float
@@ -90,8 +97,8 @@ class Trainer:
     ) -> None:
         self.config, self.engine, self.loader, self.callbacks = config, engine, loader, callbacks
         self.progress, self.hosts, self.supervisor, self.rank = progress, hosts, supervisor, rank
-        self.schedule = Schedule.of(config)
-        self.total_steps = config.total_steps
+        length = horizon(config, progress)
+        self.schedule, self.total_steps = Schedule.of(config, length), length.steps
         self.stop_signal = 0
         """The signal for which the ranks agreed to stop although steps are left; 0: none."""
         self.any_busy = False
@@ -155,18 +162,20 @@ class Trainer:
     def _train_on(self, batches: StepBatches, data_seconds: float) -> StepInfo:
         window, progress = batches.window, self.progress
         seed_dropout(self.config.train.seed, self.step, self.rank)
-        lr = self._learning_rate(window)
+        tokens = progress.consumed_tokens + window.size * self.config.seq_len
+        lr = self._learning_rate(tokens)
         result = self.engine.step(batches.micro_batches, lr)
-        progress.step, progress.consumed_samples = self.step + 1, window.stop
-        info = StepInfo(self.step, window, lr, result, data_seconds)
+        progress.step, progress.consumed_samples, progress.consumed_tokens = self.step + 1, window.stop, tokens
+        info = StepInfo(self.step, window, tokens, lr, result, data_seconds)
         self._unsettled.append(info)
         self._hand_out(keep=1)
         return info
 
-    def _learning_rate(self, window: Window) -> float:
+    def _learning_rate(self, tokens: int) -> float:
+        """Of the step after which the run has been trained on so many tokens."""
         if self.schedule.unit == "steps":
             return self.schedule.rate(self.step, self.step + 1)
-        return self.schedule.rate(window.start * self.config.seq_len, window.stop * self.config.seq_len)
+        return self.schedule.rate(self.progress.consumed_tokens, tokens)
 
     def _hand_out(self, keep: int) -> None:
         while len(self._unsettled) > keep:

@@ -119,10 +119,21 @@ def verify_universal(form: Path, part: int = 0, parts: int = 1) -> None:
     Raises DamagedCheckpointError naming the first file that differs.
     """
     for name, record in sorted(read_universal(form).files.items())[part::parts]:
-        if FileChecksum.of(form / name).xxh3_128 != record.xxh3_128:
-            raise DamagedCheckpointError(
-                f"{form}: {name} is not what was written (its checksum differs); remove {form} to have it made anew"
-            )
+        try:
+            found = FileChecksum.of(form / name)
+        except OSError as error:
+            raise DamagedCheckpointError(f"{form}: {name} cannot be read: {error.strerror}") from error
+        if found.xxh3_128 != record.xxh3_128:
+            raise DamagedCheckpointError(f"{form}: {name} is not what was written (its checksum differs)")
+
+
+def damage_of_form(form: Path, part: int = 0, parts: int = 1) -> str | None:
+    """What is wrong with the files that `verify_universal` would read; None if nothing."""
+    try:
+        verify_universal(form, part, parts)
+    except DamagedCheckpointError as error:
+        return str(error)
+    return None
 
 
 class Parameter:

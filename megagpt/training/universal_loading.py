@@ -21,10 +21,18 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from megagpt.config.schema import RunConfig
 from megagpt.errors import UserError
-from megagpt.training.checkpoint import CheckpointManifest, verify_checksums
-from megagpt.training.collective import on_rank_0, together
+from megagpt.training.checkpoint import CheckpointManifest
+from megagpt.training.collective import first_answer, on_rank_0, together
 from megagpt.training.shards import MASTER_WEIGHT, Layout, State, is_cut, layout_of_cuts, layout_of_flat_groups
-from megagpt.training.universal import Parameter, is_form_of, read_universal, universal_form, verify_universal
+from megagpt.training.universal import (
+    Parameter,
+    damage_of_form,
+    is_form_of,
+    read_universal,
+    remove_universal_forms,
+    universal_form,
+    verify_universal,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -34,26 +42,38 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 def needs_conversion(manifest: CheckpointManifest, config: RunConfig, world_size: int) -> bool:
     """Whether DeepSpeed cannot load the shards as they are: they are cut or typed otherwise than this run's."""
-    then = (manifest.world_size, manifest.zero_stage, manifest.precision)
-    return then != (world_size, config.parallel.zero_stage, config.train.precision)
+    then = (manifest.world_size, manifest.zero_stage, manifest.precision, manifest.sharding)
+    return then != (world_size, config.parallel.zero_stage, config.train.precision, sharding_options(config))
+
+
+def sharding_options(config: RunConfig) -> dict[str, Any]:
+    """The raw DeepSpeed options that may decide how weights and optimizer state are cut into shards."""
+    options = config.deepspeed.get("zero_optimization", {})
+    return options if isinstance(options, dict) else {}
 
 
 def convert_together(checkpoint: Path, folder: Path, console: Console) -> Path:
     """The universal form of `checkpoint` inside `folder` (run_dir/checkpoints), verified; every rank calls it.
 
-    The ranks verify the checkpoint, rank 0 converts it, showing progress on `console`, the others wait, however long;
-    then they verify the form. What an earlier start has converted is used again. Raises AgreedError.
+    checkpoint: verified already. Rank 0 converts it, showing progress on `console`, the others wait, however long; then
+    all share the reading of the form. What an earlier start has converted is used again if it is whole. Raises
+    AgreedError.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
     final = folder / f".universal_{checkpoint.name}"
     patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
     try:
-        if not on_rank_0(lambda: is_form_of(final, checkpoint), patient):
-            together(lambda: verify_checksums(checkpoint, rank, world_size), patient)
+        is_there = on_rank_0(lambda: is_form_of(final, checkpoint), patient)
+        if is_there and (problem := first_answer(damage_of_form(final, rank, world_size), patient)):
+            is_there = False
+            if rank == 0:
+                logger.warning("making %s anew: %s", final, problem)
+                remove_universal_forms(folder)
+        if not is_there:
             if rank > 0:
                 logger.info("waiting for rank 0, which converts %s to universal form", checkpoint)
             on_rank_0(lambda: _convert(checkpoint, folder, console), patient)
-        together(lambda: verify_universal(final, rank, world_size), patient)
+            together(lambda: verify_universal(final, rank, world_size), patient)
     finally:
         dist.destroy_process_group(patient)
     return final
@@ -100,7 +120,7 @@ def _load_flat_groups(engine: Any, form: Path) -> None:
     saved = optimizer.state_dict()
     lengths = [parameter.numel() for group in optimizer.param_groups for parameter in group["params"]]
     layout = layout_of_flat_groups(_shapes(engine), lengths, saved.get("param_alignment_paddings"))
-    flats = _flat_tensors(layout, lengths, _shapes(engine), form)
+    flats = together(lambda: _flat_tensors(layout, lengths, _shapes(engine), form))
     saved["single_partition_of_fp32_groups"] = [flat.pop(MASTER_WEIGHT) for flat in flats]
     saved["base_optimizer_state"] = optimizer.optimizer.state_dict() | {"state": _numbered(flats)}
     optimizer.load_state_dict([saved] * dist.get_world_size(), load_optimizer_states=True, load_from_fp32_weights=True)
@@ -114,7 +134,7 @@ def _load_cut_parameters(engine: Any, form: Path) -> None:
     saved = optimizer.state_dict()
     lengths = [flat.numel() for flat in saved["fp32_flat_groups"]]
     layout = layout_of_cuts(_shapes(engine), dist.get_world_size())
-    flats = _flat_tensors(layout, lengths, _shapes(engine), form)
+    flats = together(lambda: _flat_tensors(layout, lengths, _shapes(engine), form))
     saved["fp32_flat_groups"] = [flat.pop(MASTER_WEIGHT) for flat in flats]
     saved["optimizer_state_dict"]["state"] = _numbered(flats)
     optimizer.load_state_dict([saved] * dist.get_world_size())

@@ -394,3 +394,24 @@ def test_only_another_cut_or_precision_needs_a_conversion(corpus, checkpoint, tm
     assert needs_conversion(manifest, config_of(Setup(3, 2), corpus, tmp_path), 3)
     assert needs_conversion(manifest, config_of(Setup(2, 3), corpus, tmp_path), 2)
     assert needs_conversion(manifest, config_of(Setup(2, 2, "bf16"), corpus, tmp_path), 2)
+
+
+@pytest.mark.parametrize("option", [{"round_robin_gradients": True}, {"sub_group_size": 1000}])
+def test_a_raw_option_that_cuts_the_shards_otherwise_is_no_danger_at_a_resume(option, two_ranks, corpus, tmp_path):
+    """DeepSpeed would load shards of another cut without a word."""
+    stage = 3 if "sub_group_size" in option else 2
+
+    def run(name: str, steps: int, raw: dict) -> list[float]:
+        config = tiny_config(
+            corpus,
+            tmp_path / name,
+            schedule={"name": "constant", "warmup_steps": 2},
+            train={"steps": steps},
+            parallel={"zero_stage": stage},
+            deepspeed={"zero_optimization": raw},
+        )
+        return losses(two_ranks.run(train_and_report, config)[0])
+
+    expected = run("whole", 8, {})
+    run("run", 4, {})
+    assert run("run", 8, option) == pytest.approx(expected, abs=1e-5)

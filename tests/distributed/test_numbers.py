@@ -127,6 +127,24 @@ def test_a_rollback_goes_on_as_if_the_bad_batch_had_never_been(two_ranks, corpus
     assert losses(again)[:60] == expected
 
 
+@pytest.mark.parametrize("resume", ["auto", "never"])
+def test_two_bad_batches_are_both_left_out_after_two_rollbacks_to_one_checkpoint(resume, one_rank, corpus, tmp_path):
+    other = (8 * 48, 8 * 49)
+    config = spiky(corpus, tmp_path / "run", spike_action="rollback")
+    config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"resume": resume})})
+    found = one_rank.run(train_on_bad_windows, config, {BAD: "noise", other: "noise"})[0]
+    assert [record["step"] for record in found if record["kind"] == "train"] == list(range(1, 61))
+    assert [r["samples"] for r in found if r.get("event") == "rollback"] == [list(BAD), list(other)]
+    newest = complete_checkpoints(tmp_path / "run/checkpoints")[-1]
+    assert manifest(newest)["skipped_samples"] == [list(BAD), list(other)]
+
+
+def test_a_spike_soon_after_a_resume_is_found_as_in_an_uninterrupted_run(one_rank, corpus, tmp_path):
+    one_rank.run(train_on_bad_windows, _longer(spiky(corpus, tmp_path / "run"), 45), {BAD: "noise"})
+    found = one_rank.run(train_on_bad_windows, spiky(corpus, tmp_path / "run"), {BAD: "noise"})[0]
+    assert [(r["event"], r["step"]) for r in found if r["kind"] == "event"] == [("spike", 48)]
+
+
 def _steps(config, steps: int):
     return config.train.model_copy(update={"steps": steps})
 
@@ -137,7 +155,7 @@ def _longer(config, steps: int):
 
 def test_rollbacks_have_a_limit(one_rank, corpus, tmp_path):
     config = spiky(corpus, tmp_path / "run", spike_action="rollback", max_rollbacks=0)
-    with pytest.raises(AssertionError, match="the loss jumped again after 0 rollbacks"):
+    with pytest.raises(AssertionError, match="robust standard deviations too high, again after 0 rollbacks"):
         one_rank.run(train_on_bad_windows, config, {BAD: "noise"})
 
 

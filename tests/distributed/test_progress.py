@@ -55,6 +55,37 @@ def test_a_run_is_as_long_as_its_tokens_say(one_rank, corpus, tmp_path):
     assert records(tmp_path / "run", "stop")[-1]["reason"] == "finished"
 
 
+def test_a_run_ends_at_its_tokens_also_if_batch_and_sequence_change_on_the_way(one_rank, corpus, tmp_path):
+    """160 sequences of 32 tokens: 10 steps of 8, then 5 of 4 with half the length, then the rest in steps of 16."""
+    allowed = {"allow_changes": ["batch_size", "seq_len"], "every": 5, "keep": 9}
+    schedule = {"warmup_tokens": 640, "name": "linear", "min_lr_ratio": 0.0}
+
+    def run(batch: int, seq_len: int, cut: int | None = None) -> list[dict]:
+        config = tiny_config(
+            corpus,
+            tmp_path / "run",
+            train={"tokens": 160 * 32, "global_batch_size": batch},
+            data={"seq_len": seq_len, "validation": []},
+            schedule=schedule,
+            checkpoint=allowed,
+        )
+        one_rank.run(train_and_report, config)
+        for path in (tmp_path / "run/checkpoints").glob("step_*") if cut else ():
+            if int(path.name.removeprefix("step_")) > cut:
+                shutil.rmtree(path)
+        return trained(tmp_path / "run")
+
+    run(8, 32, cut=10)
+    run(4, 16, cut=15)
+    found = run(16, 32)
+    tokens = [8 * 32 * n for n in range(1, 11)] + [2560 + 64 * n for n in range(1, 6)]
+    tokens += [2880 + 512 * n for n in range(1, 6)]  # the last step goes beyond 5,120, as steps are whole
+    assert [record["tokens"] for record in found] == tokens
+    rates = [record["lr"] for record in found]
+    assert rates[3:] == sorted(rates[3:], reverse=True)  # no jump back into warm-up
+    assert rates[-1] < 0.15 * max(rates)
+
+
 def test_a_ramp_up_that_the_ranks_cannot_divide_is_refused(two_ranks, corpus, tmp_path):
     sizes = {"global_batch_size": 9, "rampup_start": 3, "rampup_samples": 30}
     message, code = two_ranks.run(refusal, tiny_config(corpus, tmp_path / "run", train=sizes))[0]

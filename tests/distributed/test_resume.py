@@ -227,6 +227,40 @@ def test_named_checkpoint_of_another_run_is_continued_once(one_rank, corpus, tmp
     assert losses(again) == branch  # it continued from its own last checkpoint: nothing was left to do
 
 
+def test_a_named_checkpoint_that_is_gone_stops_a_new_run_but_not_one_that_has_come_further(one_rank, corpus, tmp_path):
+    named = tiny_config(corpus, tmp_path / "run", checkpoint={"resume": "/nowhere"})
+    message, code = one_rank.run(refusal, named)[0]
+    assert (message, code) == ("/nowhere: no such run folder or checkpoint", 1)
+    one_rank.run(train_and_report, tiny_config(corpus, tmp_path / "run", checkpoint={"every": 8}))
+    shutil.rmtree(tmp_path / "run/checkpoints/step_00000020")
+    assert one_rank.run(refusal, named)[0] == ("trained", 0)
+
+
+def test_a_damaged_checkpoint_never_counts_as_the_newest_again(one_rank, corpus, tmp_path):
+    folder = tmp_path / "run/checkpoints"
+    one_rank.run(train_and_report, tiny_config(corpus, tmp_path / "run", checkpoint={"every": 5, "keep": 3}))
+    (folder / "step_00000020/manifest.json").write_text("{")
+    shorter = tiny_config(
+        corpus,
+        tmp_path / "run",
+        train={"steps": 17},
+        checkpoint={"every": 2, "keep": 2, "allow_changes": ["schedule"]},
+    )
+    one_rank.run(train_and_report, shorter)  # from step 15
+    assert [path.name for path in complete_checkpoints(folder)] == ["step_00000016", "step_00000017"]
+    assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000016", "step_00000017"]
+
+
+def test_a_kill_while_a_checkpoint_is_replaced_by_itself_leaves_one_of_them(one_rank, corpus, tmp_path):
+    folder = tmp_path / "run/checkpoints"
+    config = tiny_config(corpus, tmp_path / "run", checkpoint={"every": 12, "keep": 1})
+    whole = losses(one_rank.run(train_and_report, config)[0])
+    (folder / "step_00000020").rename(folder / ".replacing_step_00000020")  # the moment between two renames
+    assert one_rank.run(refusal, config)[0] == ("trained", 0)
+    assert losses(list(read_metrics(tmp_path / "run/metrics.jsonl"))) == whole
+    assert [path.name for path in complete_checkpoints(folder)] == ["step_00000020"]
+
+
 def test_older_checkpoint_of_the_same_run_is_not_continued_over_the_newer_one(one_rank, corpus, tmp_path):
     one_rank.run(train_and_report, tiny_config(corpus, tmp_path / "run", checkpoint={"every": 8}))
     older = tmp_path / "run/checkpoints/step_00000016"
@@ -246,9 +280,13 @@ def test_optimizer_settings_changed_at_a_resume_are_those_that_are_used(zero_sta
     plain = run("plain")
     shutil.copytree(tmp_path / "plain", tmp_path / "changed")
     shutil.rmtree(tmp_path / "changed/checkpoints/step_00000020")
+    shutil.copytree(tmp_path / "changed", tmp_path / "clipped")
     changed = run("changed", weight_decay=5.0, betas=[0.5, 0.5])
     assert changed[:11] == plain[:11]
     assert changed[-1] != pytest.approx(plain[-1], abs=1e-3)
+    clipped = run("clipped", grad_clip=1e-6)  # far below Adam's eps: hardly a step is taken any more
+    assert clipped[:11] == plain[:11]
+    assert min(clipped[11:]) > min(plain[11:]) + 0.1
 
 
 def test_only_the_newest_checkpoints_are_kept_and_latest_names_the_last(one_rank, corpus, tmp_path):
@@ -311,7 +349,6 @@ def finished_run(one_rank, corpus, tmp_path_factory) -> Path:
         ({"data": {"seq_len": 16}}, ["seq_len: 16, was 32", "checkpoint.allow_changes=[seq_len]"]),
         ({"train": {"precision": "bf16"}}, ["precision was fp32 and is now bf16"]),
         ({"checkpoint": {"resume": "never"}}, ["already holds a run", "choose another train.run_dir"]),
-        ({"checkpoint": {"resume": "/nowhere"}}, ["/nowhere: no such run folder or checkpoint"]),
     ],
 )
 def test_what_does_not_fit_the_checkpoint_is_refused_by_name(sections, words, one_rank, corpus, finished_run):

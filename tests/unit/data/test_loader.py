@@ -17,7 +17,7 @@ from megagpt.data.loader import Batch, BatchLoader, TrainingData, ValidationData
 from megagpt.data.samples import IGNORE_INDEX, TokenSamples
 from megagpt.errors import UsageError, UserError
 from megagpt.tokenizer import load_tokenizer, token_byte_lengths
-from tests.unit.data.reference import read_documents, write_dataset, write_stream, writes_files
+from tests.unit.data.reference import write_dataset, write_stream, writes_files
 
 SEQ_LEN = 8
 
@@ -99,25 +99,6 @@ def test_an_epoch_of_every_dataset_reads_each_of_its_samples_once(tmp_path: Path
 
 def test_epochs_count_each_dataset_by_its_own_size(data: TrainingData) -> None:
     assert list(data.epochs(1000).values()) == [700 / 121, 300 / 34]
-
-
-def test_the_fingerprint_changes_with_all_that_changes_the_order_and_with_nothing_else(tmp_path: Path) -> None:
-    a, b = source(tmp_path / "a", 980, 2.0), source(tmp_path / "b", 280, 1.0)
-    moved = source(tmp_path / "moved", 980, 4.0)
-    fingerprint = TrainingData([a, b], SEQ_LEN, 5, False).fingerprint
-    assert fingerprint == TrainingData([moved, b.model_copy(update={"weight": 2.0})], SEQ_LEN, 5, True).fingerprint
-    documents = [document for (document,) in read_documents(a.path)]
-    documents[-1][-1] += 1  # one other token, all counts the same
-    edited = DataSource(path=write_dataset(tmp_path / "edited", documents), weight=2.0)
-    others = [
-        TrainingData([b, a], SEQ_LEN, 5, False),
-        TrainingData([a], SEQ_LEN, 5, False),
-        TrainingData([a, b.model_copy(update={"weight": 0.9})], SEQ_LEN, 5, False),
-        TrainingData([a, b], SEQ_LEN + 1, 5, False),
-        TrainingData([a, b], SEQ_LEN, 6, False),
-        TrainingData([edited, b], SEQ_LEN, 5, False),
-    ]
-    assert len({fingerprint, *(other.fingerprint for other in others)}) == len(others) + 1
 
 
 def test_a_dataset_in_two_places_of_a_blend_is_refused(tmp_path: Path) -> None:

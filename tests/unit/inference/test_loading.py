@@ -71,7 +71,7 @@ PROBLEMS = {
     ),
     "odd version": (
         lambda run: [
-            edit(path, '"format_version":1', '"format_version":"x"') for path in run.glob("checkpoints/*/manifest.json")
+            edit(path, '"format_version":2', '"format_version":"x"') for path in run.glob("checkpoints/*/manifest.json")
         ],
         "every checkpoint in it is damaged",
     ),

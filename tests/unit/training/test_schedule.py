@@ -54,6 +54,22 @@ def test_wsd_holds_the_peak_and_falls_at_the_end_of_the_run():
     assert values[STEPS:] == [0.0] * 20
 
 
+def test_a_schedule_differs_from_another_only_where_the_run_has_been():
+    def schedule(total: int, **settings: object) -> Schedule:
+        return Schedule.build(ScheduleConfig.model_validate({"warmup_steps": 10, **settings}), PEAK, total)
+
+    wsd = {"name": "wsd", "decay_steps": 90}
+    assert schedule(200_000, **wsd).difference(schedule(100_000, **wsd), 99_910) is None
+    assert "was 100000 and is now 200000" in schedule(200_000, **wsd).difference(schedule(100_000, **wsd), 100_000)
+    assert schedule(300).difference(schedule(200), 10) is None  # in the warm-up
+    assert schedule(300).difference(schedule(200), 50)
+    assert schedule(300).kept_by(schedule(200)) == 190
+    kept = Schedule.build(ScheduleConfig(warmup_steps=10, decay_steps=190), PEAK, 300)
+    assert kept.difference(schedule(200), 200) is None
+    assert schedule(300, min_lr_ratio=0.2).kept_by(schedule(200)) is None
+    assert schedule(300, **wsd).kept_by(schedule(200, **wsd)) is None
+
+
 @given(
     name=st.sampled_from(["cosine", "linear", "constant", "wsd"]),
     warmup=st.integers(0, STEPS),
