@@ -13,6 +13,7 @@ A folder named step_* without a valid manifest does not count; megagpt.training.
 import json
 import logging
 import re
+import shutil
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -184,8 +185,13 @@ def rescue(folder: Path) -> None:
 
 
 def set_aside(checkpoint: Path) -> None:
-    """Take a damaged checkpoint out of the count; the next one that is saved removes it."""
-    checkpoint.rename(checkpoint.with_name(f"{DAMAGED}{checkpoint.name}"))
+    """Take a damaged checkpoint out of the count; the next one that is saved removes it. Raises UserError."""
+    target = checkpoint.with_name(f"{DAMAGED}{checkpoint.name}")
+    try:
+        shutil.rmtree(target, ignore_errors=True)  # from an earlier time
+        checkpoint.rename(target)
+    except OSError as error:
+        raise UserError(f"{checkpoint}: is damaged and cannot be set aside: {error.strerror}") from error
 
 
 def damage_of(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
