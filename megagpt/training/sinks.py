@@ -93,11 +93,12 @@ def duration(seconds: float) -> str:
 def _flat(record: Record) -> dict[str, float]:
     """Numbers of a record under the names that both services show: train/loss, validation/<dataset>/loss."""
     prefix = f"validation/{record['dataset']}" if record["kind"] == "validation" else record["kind"]
-    return {
-        f"{prefix}/{key}": value
-        for key, value in record.items()
-        if key != "step" and isinstance(value, int | float) and not isinstance(value, bool)
-    }
+    numbers = {}
+    for key, value in record.items():
+        for name, number in value.items() if isinstance(value, dict) else [("", value)]:
+            if key not in ("step", "time") and isinstance(number, int | float) and not isinstance(number, bool):
+                numbers[f"{prefix}/{key}/{name}".rstrip("/")] = number
+    return numbers
 
 
 class WandbSink:
