@@ -99,7 +99,8 @@ class Checkpointing(Callback):
         self._postponed = self._last_skipped and not (trainer.stopping or trainer.finished)
         if not self._postponed:
             self.save(trainer)
-            trainer.check_stop()
+            if trainer.check_stop():  # a signal in the middle of the save: it is the run's last one
+                self.finish(trainer)
 
     def on_numbers(self, trainer: Trainer, info: StepInfo, numbers: StepNumbers) -> None:
         self._last_skipped = numbers.skipped

@@ -101,13 +101,14 @@ class LossSpikes(Callback):
         if trainer.config.faults.spike_action == "log":
             return
         trainer.settle()
+        has_checkpoint = self._has_checkpoint(trainer)  # in any case: it ends a save that is under way
         if trainer.progress.rollbacks >= trainer.config.faults.max_rollbacks:
             raise AgreedError(
                 f"{spike}, again after {trainer.progress.rollbacks} rollbacks (faults.max_rollbacks); "
                 "lower optimizer.lr or look at the data",
                 exit_code=1,
             )
-        if self._has_checkpoint(trainer):
+        if has_checkpoint:
             raise spike
 
     def _report(self, info: StepInfo, loss: float, score: float) -> None:

@@ -7,11 +7,16 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
+from rich.console import Console
 
 from launch.signals import REQUEUE
 from launch.watchdog import HANG
 from megagpt.config import save_config
 from megagpt.training.checkpoint import complete_checkpoints, newest_checkpoint, verify_checksums
+from megagpt.training.run import train
+from megagpt.training.supervision import Supervisor
 from tests.distributed.jobs import losses, tiny_config, train_and_report
 from tests.distributed.launched import Job, manifest, records, start
 
@@ -101,6 +106,31 @@ def test_an_evaluation_that_a_signal_cuts_off_is_made_when_the_run_goes_on(confi
     assert manifest(checkpoint)["evaluation_due"] is (not records(run_dir, "validation"))
     finish(config_file, run_dir, *settings)
     assert [record["step"] for record in records(run_dir, "validation")] == [3, 6]
+
+
+class SignalledWhileSaving(Supervisor):
+    """Asks to stop once the first checkpoint is being saved, on rank 1."""
+
+    def __init__(self) -> None:
+        self._saving = False
+
+    def beat(self, phase: str, patient: bool = False) -> None:
+        self._saving = self._saving or phase.endswith(": checkpoint")
+
+    def stop_requested(self) -> int:
+        return signal.SIGUSR1 if self._saving and dist.get_rank() == 1 else 0
+
+
+def train_signalled_while_saving(config) -> str:
+    return train(config, torch.device("cpu"), Console(quiet=True), SignalledWhileSaving())
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_a_save_in_which_a_signal_comes_is_the_checkpoint_of_the_stop(asynchronous, two_ranks, corpus, tmp_path):
+    config = tiny_config(corpus, tmp_path / "run", checkpoint={"every": 6, "asynchronous": asynchronous})
+    assert two_ranks.run(train_signalled_while_saving, config) == ["stopped", "stopped"]
+    assert [path.name for path in complete_checkpoints(tmp_path / "run/checkpoints")] == ["step_00000006"]
+    assert steps_done(tmp_path / "run") == 6
 
 
 def test_a_second_signal_ends_the_process_at_once(config_file, tmp_path):
