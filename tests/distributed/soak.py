@@ -35,21 +35,24 @@ BATCH, SEQ_LEN = 12, 32  # divisible by one to four ranks
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=24_000, help="length of the run")
+    parser.add_argument("--steps", type=int, default=32_000, help="length of the run")
+    parser.add_argument(
+        "--minutes", type=float, default=30, help="how long it is disturbed; then it may come to its end"
+    )
     parser.add_argument("--between", type=float, default=60, help="seconds of training between two disturbances")
     parser.add_argument("--output", type=Path, default=Path("build/soak"), help="folder for runs, log and plot")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     shutil.rmtree(options.output, ignore_errors=True)
     options.output.mkdir(parents=True)
-    return Soak(options.output, options.steps, options.between, options.seed).run()
+    return Soak(options.output, options.steps, options.minutes, options.between, options.seed).run()
 
 
 class Soak:
     """One disturbed run, its undisturbed reference, and the comparison of both."""
 
-    def __init__(self, folder: Path, steps: int, between: float, seed: int) -> None:
-        self.folder, self.steps, self.between = folder, steps, between
+    def __init__(self, folder: Path, steps: int, minutes: float, between: float, seed: int) -> None:
+        self.folder, self.steps, self.minutes, self.between = folder, steps, minutes, between
         self.random = random.Random(seed)
         # One epoch of training samples is the whole run: see TokenSamples.
         write_dataset(folder / "train", steps * BATCH * SEQ_LEN + SEQ_LEN, seed=seed)
@@ -74,11 +77,14 @@ class Soak:
         run_dir, number = self.folder / "disturbed", 0
         while True:
             number += 1
+            quiet = time.monotonic() - self.begun > 60 * self.minutes
             ranks, stage = self.random.choice((1, 2, 3, 4)), self.random.choice((0, 1, 2, 3))
+            if quiet:
+                ranks, stage = 2, 1
             before = _step(run_dir)
             job = self.attempt(run_dir, number, ranks, f"parallel.zero_stage={stage}")
             until = time.monotonic() + self.random.uniform(0.5, 1.5) * self.between
-            while time.monotonic() < until and job.running:
+            while (quiet or time.monotonic() < until) and job.running:
                 time.sleep(0.05)
             what = "nothing: the run ended" if not job.running else self.disturbance(job)
             codes = job.wait(90)
