@@ -5,6 +5,7 @@ the valid ones only: so every rule whose fields are valid is checked, and all pr
 The files are YAML; `megagpt.config.load_config` reads them and applies `section.key=value`.
 """
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationInfo, field_validator
@@ -225,7 +226,7 @@ class TrainConfig(Section):
     """Run folder, checkpoint or export whose weights a new run starts from; null: random weights."""
     deterministic: bool = False
     """Whether two runs give the same bits; takes torch's deterministic kernels, which are slower on GPUs."""
-    profile: str | None = Field(None, pattern=r"^(steps )?[0-9]+(-[0-9]+)?$")
+    profile: str | None = None
     """Steps of which torch's profiler writes a trace for Perfetto to run_dir/profile: "steps 10-12"; null: none."""
 
     @property
@@ -239,6 +240,14 @@ class TrainConfig(Section):
     def total_steps(self, seq_len: int) -> int:
         """Steps of the whole run, from `tokens` if they are given."""
         return self.steps if self.tokens is None else self.batches.steps_for(-(-self.tokens // seq_len))
+
+    @field_validator("profile")
+    @classmethod
+    def _check_profile(cls, profile: str | None) -> str | None:
+        found = re.fullmatch(r"(?:steps )?([0-9]+)(?:-([0-9]+))?", profile or "steps 1")
+        if not found or int(found[1]) < 1 or int(found[2] or found[1]) < int(found[1]):
+            raise ValueError(f"{profile!r} names no steps; write 'steps 10-12', or '10' for one")
+        return profile
 
     @field_validator("micro_batch_size")
     @classmethod

@@ -64,7 +64,7 @@ def describe(record: Record, total_steps: int) -> str:
     if record["kind"] == "event":
         return f"{step}  {record['event']}: {record['message']}"
     if record["kind"] == "start":
-        return f"{step}  starts on {record['world_size']} ranks"
+        return f"{step}  starts on {record['world_size']} rank{'s' * (record['world_size'] > 1)}"
     if record["kind"] == "stop":
         return f"{step}  stops: {record['reason']}"
     mfu = f"  mfu {record['mfu']:.1%}" if record["mfu"] is not None else ""
