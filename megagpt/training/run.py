@@ -82,7 +82,7 @@ def train(config: RunConfig, device: torch.device, console: Console, supervisor:
         on_rank_0(lambda: run_folder.prepare(config, data, progress.step))
         if rank == 0:
             _print_plan(console, config, data, device, micro_batch_size, accumulation_steps, length, resumption)
-        supervisor.beat("building the model")
+        supervisor.beat("building the model", patient=True)
         engine = together(lambda: Engine(config, micro_batch_size, accumulation_steps, device, weights))
         weights = None  # frees those of a checkpoint, which are whole in memory
         if rank == 0 and config.deepspeed:

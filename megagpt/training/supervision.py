@@ -15,5 +15,5 @@ class Supervisor:
     def beat(self, phase: str, patient: bool = False) -> None:
         """Training has come to `phase` ("step 12: forward and backward"): it does not hang.
 
-        patient: the phase reads or writes whole checkpoints, which takes as long as the disks need.
+        patient: the phase builds the model or reads whole checkpoints, which takes as long as size and disks need.
         """

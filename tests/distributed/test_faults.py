@@ -182,7 +182,7 @@ def test_twenty_random_kills_of_one_rank_end_the_others_and_lose_nothing(config_
 
 def test_a_rank_that_hangs_makes_all_write_their_stacks_and_exit(config_file, tmp_path):
     run_dir = tmp_path / "run"
-    job = start(config_file, run_dir, "faults.step_timeout=3")
+    job = start(config_file, run_dir, "faults.step_timeout=5")
     job.wait_until(lambda: steps_done(run_dir) > 2)
     job.send(signal.SIGSTOP, [1])
     job.ranks[0].join(20)
