@@ -1,6 +1,7 @@
 """Signals, kills, hangs and full disks, sent to real processes of the launch command."""
 
 import random
+import re
 import resource
 import signal
 import time
@@ -193,7 +194,8 @@ def test_a_rank_that_hangs_makes_all_write_their_stacks_and_exit(config_file, tm
         assert "collectives begun" in text
         assert "phase: step" in text
         assert "trainer.py" in text  # the main thread's stack
-        assert "rank 0 on" in job.output(rank)
+        # Rank 1, once it goes on, may notice by itself or hear of it.
+        assert re.search("rank 0 on .* made no progress" if rank == 0 else "made no progress", job.output(rank))
     finish(config_file, run_dir)
 
 
