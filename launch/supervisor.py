@@ -58,9 +58,11 @@ class ProcessSupervisor(Supervisor):
         if self._watchdog:
             self._watchdog.close()
 
-    def end(self, message: str) -> NoReturn:
+    def end(self, loss: Loss) -> NoReturn:
         """End this process because of another one, without waiting for libraries that wait for that one."""
-        self._exit(LOST, message)
+        if loss.reason == "hang":
+            time.sleep(_GRACE_SECONDS)  # the thread that heard of it writes this rank's state and ends the process
+        self._exit(HANG if loss.reason == "hang" else LOST, str(loss))
 
     def _join(self) -> None:
         import torch.distributed as dist

@@ -75,7 +75,7 @@ def _train(config: RunConfig, place: ProcessEnvironment, device: "torch.device",
     except Exception as error:
         logger.exception("rank %d of %d failed", place.rank, place.world_size)
         if loss := supervisor.explain() if place.world_size > 1 else None:
-            supervisor.end(str(loss))
+            supervisor.end(loss)
         supervisor.close("failed", f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
         raise  # Python prints the traceback
     supervisor.close("done")
