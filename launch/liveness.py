@@ -8,11 +8,11 @@ is never taken for a dead one. Lines of JSON: {"rank", "host"} at first, then {"
 
 import json
 import logging
-import resource
 import secrets
 import selectors
 import socket
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -63,11 +63,17 @@ class Liveness:
         family = socket.AF_INET6 if dual else socket.AF_INET
         self._token = secrets.token_hex(16)
         self._server = socket.create_server(("", 0), family=family, backlog=4096, dualstack_ipv6=dual)
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if soft < hard:  # one connection a rank: the usual 1,024 are too few for large jobs
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
         threading.Thread(target=self._watch_all, name="liveness", daemon=True).start()
         return self._server.getsockname()[1], self._token
+
+    def await_all(self, world_size: int) -> None:
+        """Rank 0: wait until all others have connected. Raises TimeoutError naming those that have not."""
+        until = time.monotonic() + _CONNECT_SECONDS
+        while missing := set(range(1, world_size)) - {rank for rank, _ in list(self._ranks.values())}:
+            if time.monotonic() > until:
+                names = ", ".join(map(str, sorted(missing)[:8]))
+                raise TimeoutError(f"rank {names} did not connect to rank 0 within {_CONNECT_SECONDS:.0f} s")
+            time.sleep(0.01)
 
     def connect(self, host: str, port: int, token: str) -> None:
         """Other ranks: connect to rank 0 and watch it. Raises OSError if it cannot be reached."""

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ def joined(place: ProcessEnvironment, train: TrainConfig) -> Iterator["torch.dev
     imported here, after the variables that they read at import are set.
     """
     os.environ.update(place.variables())
+    _allow_many_connections()
     if train.deterministic:
         _be_deterministic()
     chosen = _choose_device(place, train.device, train.precision)
@@ -38,6 +40,13 @@ def joined(place: ProcessEnvironment, train: TrainConfig) -> Iterator["torch.dev
         yield chosen
     finally:
         dist.destroy_process_group()
+
+
+def _allow_many_connections() -> None:
+    """A connection to every rank and group: for large jobs the usual 1,024 open files are too few."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _be_deterministic() -> None:

@@ -11,7 +11,7 @@ from typing import NoReturn
 from launch.environment import ProcessEnvironment
 from launch.liveness import Liveness, Loss, Reason
 from launch.signals import REQUEUE, StopSignals
-from launch.watchdog import HANG, Watchdog
+from launch.watchdog import HANG, Watchdog, exit_in_any_case
 from megagpt.training.supervision import Supervisor
 
 logger = logging.getLogger("megagpt.launch")
@@ -73,12 +73,15 @@ class ProcessSupervisor(Supervisor):
             assert box[0] is not None
             port, token = box[0]
             self._liveness.connect(self._place.master_addr, port, token)
+        else:
+            self._liveness.await_all(self._place.world_size)
 
     def _lost(self, loss: Loss) -> None:
         """In a thread: another rank is gone, and the main thread will fail or hang in its next collective."""
         self._loss = loss
         self._known.set()
         if loss.reason == "hang":
+            exit_in_any_case()
             if self._watchdog:
                 self._watchdog.write_state(str(loss))
             self._exit(HANG, str(loss))

@@ -7,6 +7,7 @@ for ever: for that case faulthandler's timer, which needs none, writes the stack
 
 import faulthandler
 import json
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -23,7 +24,7 @@ class Watchdog:
     """Watches from construction on; `beat` feeds it."""
 
     def __init__(self, timeout: float, file: Path, on_hang: Callable[[str], object]) -> None:
-        """timeout: seconds. file: for stacks and state. on_hang: called in the thread, once, after writing them."""
+        """timeout: seconds. file: for stacks and state. on_hang: called in the thread, once, after writing."""
         self._timeout, self._file, self._on_hang = timeout, file, on_hang
         self._phase, self._since, self._patient = "start", time.monotonic(), False
         self._stop = threading.Event()
@@ -69,9 +70,19 @@ class Watchdog:
             )
             if waited > self._timeout:
                 message = f" for {waited:.0f} s in: {self._phase}"
-                self.write_state(f"no progress{message}")
-                self._on_hang(message)
+                exit_in_any_case()
+                try:
+                    self.write_state(f"no progress{message}")
+                finally:
+                    self._on_hang(message)
                 return
+
+
+def exit_in_any_case() -> None:
+    """Writing down a hang may hang itself, where the file system does not answer: then end without it."""
+    timer = threading.Timer(30.0, os._exit, (HANG,))
+    timer.daemon = True
+    timer.start()
 
 
 def collective_state() -> str:

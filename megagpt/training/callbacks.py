@@ -91,12 +91,14 @@ class Checkpointing(Callback):
     def on_step(self, trainer: Trainer, info: StepInfo) -> None:
         assert self._writer is not None
         if self._writer.pending and not trainer.any_busy:
-            self.finish(trainer)
+            self.finish(trainer, optional=True)
         if not (trainer.stopping or self._postponed or trainer.due(trainer.config.checkpoint.every)):
             return
         trainer.settle()  # a checkpoint promises that everything up to its step has been logged
         # Among steps that are not finite none is worth keeping: if they do not end, the one before them is saved.
-        self._postponed = self._last_skipped and not (trainer.stopping or trainer.finished)
+        # Nor is one after a loss spike from which the run will go back.
+        useless = self._last_skipped or trainer.rollback_waits
+        self._postponed = useless and not (trainer.stopping or trainer.finished)
         if not self._postponed:
             self.save(trainer)
             if trainer.check_stop():  # a signal in the middle of the save: it is the run's last one
@@ -112,7 +114,7 @@ class Checkpointing(Callback):
         """Save the weights as they are, as those of `progress` (default: the trainer's); waits if the run ends here."""
         assert self._writer is not None
         if self._writer.pending:
-            self.finish(trainer)
+            self.finish(trainer, optional=True)
         started = time.perf_counter()
         trainer.supervisor.beat(f"step {trainer.step}: checkpoint")
         engine, asynchronous = trainer.engine, trainer.config.checkpoint.asynchronous
@@ -127,21 +129,21 @@ class Checkpointing(Callback):
         if last or not asynchronous:
             self.finish(trainer)
 
-    def finish(self, trainer: Trainer) -> None:
-        """Wait for a save that is under way, and log it."""
+    def finish(self, trainer: Trainer, optional: bool = False) -> None:
+        """Wait for a save that is under way, and log it. optional: another one follows, also if the run ends here."""
         assert self._writer is not None
         if not self._writer.pending:
             return
         started = time.perf_counter()
 
         def beat() -> None:
-            trainer.supervisor.beat(f"step {trainer.step}: end of a checkpoint")
+            trainer.supervisor.beat(f"step {trainer.step}: end of a checkpoint", patient=True)
 
         try:
             beat()
             saved = self._writer.finish(beat)
         except UserError as error:
-            self._failed(trainer, error)
+            self._failed(trainer, error, optional)
             return
         finally:
             self._metrics.exclude("checkpoint", time.perf_counter() - started)
@@ -156,9 +158,9 @@ class Checkpointing(Callback):
             }
         )
 
-    def _failed(self, trainer: Trainer, error: UserError) -> None:
+    def _failed(self, trainer: Trainer, error: UserError, optional: bool = False) -> None:
         """A save failed on all ranks: an error, or with checkpoint.on_error=continue a record."""
-        last = trainer.finished or trainer.stopping
+        last = (trainer.finished or trainer.stopping) and not optional
         if last or trainer.config.checkpoint.on_error == "stop":
             raise error
         self._metrics.write(

@@ -195,11 +195,16 @@ def set_aside(checkpoint: Path) -> None:
 
 
 def damage_of(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
-    """What is wrong with the files that `verify_checksums` would read; None if nothing."""
+    """What is wrong with the files that `verify_checksums` would read; None if nothing.
+
+    Raises UserError where the disk does not answer: that says nothing about the checkpoint.
+    """
     try:
         verify_checksums(checkpoint, part, parts)
-    except (DamagedCheckpointError, OSError) as error:
+    except (DamagedCheckpointError, FileNotFoundError) as error:
         return str(error)
+    except OSError as error:
+        raise UserError(f"{checkpoint}: cannot be read: {error.strerror}; start again when it can") from error
     return None
 
 

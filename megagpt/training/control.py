@@ -2,7 +2,7 @@
 
 The flags travel over a gloo group of their own between the hosts, while the devices compute: a step neither waits for
 them nor does the host wait for the device. A flag raised on one rank before a step begins is known to all when it ends.
-Cost: one message of a few bytes a step, and a second set of connections.
+Cost: an all-reduce of a few bytes a step, and a second set of connections.
 """
 
 from datetime import timedelta
@@ -10,14 +10,14 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-_PATIENCE = timedelta(days=7)  # a rank that is lost or hangs is noticed by the supervisor, not by a timeout here
+PATIENCE = timedelta(days=7)  # a rank that is lost or hangs is noticed by the supervisor, not by a timeout here
 
 
 class HostGroup:
     """All ranks' hosts. Every method is called on every rank, in the same order."""
 
     def __init__(self) -> None:
-        self._group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._group = dist.new_group(backend="gloo", timeout=PATIENCE)
         self._pending: tuple[dist.Work | None, torch.Tensor] | None = None
 
     def begin(self, flags: list[int]) -> None:

@@ -37,6 +37,7 @@ from megagpt.model.attention import missing_for_flex_attention
 from megagpt.model.gpt import GPT, compile_attention, compile_blocks, compile_loss
 from megagpt.model.init import initialize_weights, parameter_kind, stacked_heights
 from megagpt.training.checkpoint import SHARDS
+from megagpt.training.control import PATIENCE
 from megagpt.training.host_syncs import decided_on_device
 from megagpt.training.initial_weights import InitialWeights, copy_master_weights, copy_weights
 from megagpt.training.optimizer import apply_settings, build_optimizer, parameter_groups
@@ -144,7 +145,10 @@ class Engine:
                 raise  # our own options are wrong: a bug
             reason = " ".join(str(error).split())
             raise UsageError(f"section deepspeed: DeepSpeed refuses its options: {reason}") from error
+        wait_as_long_as_needed()
         self._on_device = config.train.precision != "fp16"  # fp16's loss scale is decided on the host
+        if not self._on_device and self.zero_stage:  # how many steps may be skipped is faults.max_skipped_steps' to say
+            self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False
         self._loss = self._grad_norm = self._skipped = torch.zeros((), device=device)
         if self._on_device:
             optimizer.register_step_pre_hook(self._skip_if_not_finite)
@@ -195,7 +199,15 @@ class Engine:
                         self._clip_unsharded_gradients()
                 self._engine.step()
         clock.end()
+        self._forget_overflow()
         return StepResult(torch.stack([loss, *self._outcome()]), clock)
+
+    def _forget_overflow(self) -> None:
+        """After an overflow DeepSpeed keeps the gradients of an offloaded optimizer and adds to them: drop them."""
+        optimizer = self._engine.optimizer
+        if not self._on_device and self.zero_stage in (1, 2) and optimizer.overflow:
+            for group in optimizer.averaged_gradients:
+                optimizer.averaged_gradients[group] = None
 
     def _outcome(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Gradient norm and whether the step was skipped, fp32 scalars on the device."""
@@ -214,7 +226,7 @@ class Engine:
         # DeepSpeed puts -1 for a norm that is not finite.
         finite = torch.isfinite(self._grad_norm) & (self._grad_norm >= 0) & torch.isfinite(self._loss)
         self._skipped = (~finite).float()
-        on_host = self.config.parallel.offload_optimizer
+        on_host = "offload_optimizer" in self.options["zero_optimization"]
         optimizer.found_inf = self._skipped.cpu() if on_host else self._skipped  # type: ignore[attr-defined]
 
     @torch.no_grad()
@@ -322,7 +334,17 @@ def init_process_group(device_type: str) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with deepspeed_output_to_log():
         backend = "nccl" if device_type == "cuda" else "gloo"
-        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
+        deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=PATIENCE)
+
+
+def wait_as_long_as_needed() -> None:
+    """Take the timeouts from all process groups, DeepSpeed's own ones too: hangs are the supervisor's to notice.
+
+    A rank may have to wait for hours, for others that read or convert a checkpoint; and a timeout of NCCL's ends the
+    process before anybody has written down where it hangs.
+    """
+    for group in list(dist.distributed_c10d._world.pg_map):
+        dist.distributed_c10d._set_pg_timeout(PATIENCE, group)
 
 
 @contextmanager

@@ -8,21 +8,12 @@ import statistics
 from collections.abc import Callable
 from dataclasses import replace
 
-from megagpt.data.loader import Window
 from megagpt.errors import AgreedError
 from megagpt.training.recording import Metrics
 from megagpt.training.step import StepNumbers
-from megagpt.training.trainer import Callback, Progress, StepInfo, Trainer
+from megagpt.training.trainer import Callback, Progress, RollBackError, StepInfo, Trainer
 
 _LEAST_SPREAD = 1e-4  # of the median: losses that hardly differ make no spike of a small difference
-
-
-class RollBackError(Exception):
-    """The run shall go back to its newest checkpoint and leave out a window of samples."""
-
-    def __init__(self, step: int, window: Window, loss: float, score: float) -> None:
-        super().__init__(f"the loss of step {step} was {loss:.4f}, {score:.1f} robust standard deviations too high")
-        self.window, self.loss, self.score = window, loss, score
 
 
 class NonFiniteSteps(Callback):
@@ -39,7 +30,11 @@ class NonFiniteSteps(Callback):
         elif self._before is None:
             skipped = trainer.progress.skipped_steps - 1  # the metrics, which come first, have counted this one
             self._before = replace(
-                trainer.progress, step=info.step - 1, consumed_samples=info.window.start, skipped_steps=skipped
+                trainer.progress,
+                step=info.step - 1,
+                consumed_samples=info.window.start,
+                consumed_tokens=info.tokens - info.window.size * trainer.config.seq_len,
+                skipped_steps=skipped,
             )
             self._metrics.write(
                 {
@@ -91,13 +86,14 @@ class LossSpikes(Callback):
             if score > faults.spike_threshold:
                 self._report(info, numbers.loss, score)
                 self._spike = self._spike or RollBackError(info.step, info.window, numbers.loss, score)
+                trainer.rollback_waits = faults.spike_action == "rollback"
         # A new list, since a checkpoint may hold the old one.
         trainer.progress.recent_losses = [*recent, numbers.loss][-faults.spike_window :]
 
     def on_step(self, trainer: Trainer, info: StepInfo) -> None:
         if self._spike is None:
             return
-        spike, self._spike = self._spike, None
+        spike, self._spike, trainer.rollback_waits = self._spike, None, False
         if trainer.config.faults.spike_action == "log":
             return
         trainer.settle()

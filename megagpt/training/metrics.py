@@ -24,7 +24,9 @@ from megagpt.model.counts (forward and backward, full s x s attention, no recomp
 megagpt.scaling.devices; null where the peak is unknown.
 """
 
+import errno
 import json
+import logging
 import math
 import os
 from collections.abc import Iterator
@@ -35,6 +37,8 @@ import orjson
 
 from megagpt.data.atomic import replace_file
 from megagpt.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 Record = dict[str, Any]
 
@@ -50,19 +54,34 @@ class Sink(Protocol):
 
 
 class JsonLines:
-    """Appends records to metrics.jsonl, each written through at once."""
+    """Appends records to metrics.jsonl, each written through at once; a full disk makes them wait for the next one."""
 
     def __init__(self, path: Path) -> None:
-        self._file = path.open("a", encoding="utf-8")
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._unwritten = b""
 
     def write(self, record: Record) -> None:
-        self._file.write(json.dumps(_without_nan(record), allow_nan=False) + "\n")
-        self._file.flush()
+        self._unwritten += json.dumps(_without_nan(record), allow_nan=False).encode() + b"\n"
+        try:
+            self._write_through()
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            logger.warning("%s: the disk is full; %d bytes wait", self._path, len(self._unwritten))
 
     def close(self, completed: bool) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        try:
+            self._write_through()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise UserError(f"{self._path}: cannot be written: {error.strerror}") from error
+        finally:
+            self._file.close()
+
+    def _write_through(self) -> None:
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
 
 def _without_nan(value: Any) -> Any:

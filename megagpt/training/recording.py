@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megagpt.model.counts import flops_per_token
 from megagpt.training.metrics import Record, Sink
 from megagpt.training.step import StepNumbers
-from megagpt.training.trainer import Callback, StepInfo, Trainer
+from megagpt.training.trainer import Callback, RollBackError, StepInfo, Trainer
 
 
 @dataclass
@@ -20,6 +20,7 @@ class _Interval:
     """Sums over the steps since the last record, seconds."""
 
     steps: int = 0
+    tokens: int = 0
     wall: float = 0.0
     data: float = 0.0
     own: float = 0.0
@@ -64,6 +65,7 @@ class Metrics(Callback):
         seconds, self._mark = now - self._mark, now
         trainer.progress.productive_seconds += seconds
         self._now.steps += 1
+        self._now.tokens += info.window.size * trainer.config.seq_len
         self._now.wall += seconds
         self._now.data += info.data_seconds
         self._now.own += info.data_seconds
@@ -82,11 +84,10 @@ class Metrics(Callback):
                 sink.write(record)
 
     def on_end(self, trainer: Trainer) -> None:
-        if trainer.stopping or trainer.finished:
-            reason = signal.Signals(trainer.stop_signal).name if trainer.stopping else "finished"
+        if (reason := _end_of(trainer)) is not None:
             self.write({"kind": "stop", "step": trainer.step, "reason": reason})
         for sink in self._sinks:
-            sink.close(completed=trainer.finished)
+            sink.close(completed=reason == "finished")
 
     def write(self, record: Record) -> None:
         """Hand a record to all sinks. Settle the trainer before, if the record belongs behind the steps' own."""
@@ -102,7 +103,7 @@ class Metrics(Callback):
         config, steps, progress = trainer.config, interval.steps, trainer.progress
         step_seconds = interval.wall / steps
         own_seconds = trainer.hosts.gather(interval.own / steps)
-        tokens_per_second = info.window.size * config.seq_len / step_seconds
+        tokens_per_second = interval.tokens / interval.wall
         flops_per_second = tokens_per_second * flops_per_token(config.model, config.seq_len)
         ranks, now = dist.get_world_size(), time.time()
         slowest = max(range(ranks), key=own_seconds.__getitem__)
@@ -127,11 +128,22 @@ class Metrics(Callback):
             "skipped_steps": progress.skipped_steps,
             "peak_memory_bytes": peak_memory_bytes(trainer.engine.device),
             "goodput": min(1.0, progress.productive_seconds / max(now - progress.started, 1e-9)),
-            "straggler_ratio": own_seconds[slowest] / max(sorted(own_seconds)[ranks // 2], 1e-9),
+            "straggler_ratio": own_seconds[slowest] / max(sorted(own_seconds)[(ranks - 1) // 2], 1e-9),
             "slowest_rank": slowest,
             "epochs": self._epochs(info.window.stop),
             "eta_seconds": (trainer.total_steps - info.step) * step_seconds,
         }
+
+
+def _end_of(trainer: Trainer) -> str | None:
+    """Why the loop is left; None: only to go back to a checkpoint."""
+    if isinstance(trainer.error, RollBackError):
+        return None
+    if trainer.error:
+        return f"failed: {' '.join(str(trainer.error).split())[:200] or type(trainer.error).__name__}"
+    if trainer.finished and not trainer.progress.evaluation_due:
+        return "finished"
+    return signal.Signals(trainer.stop_signal).name
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -70,7 +70,7 @@ def find_resumption(config: RunConfig, expected: CheckpointManifest, resume: str
     on_rank_0(lambda: rescue(checkpoints))
     damaged: set[Path] = set()
     while checkpoint := on_rank_0(lambda: choose_checkpoint(config, resume, damaged)):
-        problem = first_answer(damage_of(checkpoint, dist.get_rank(), dist.get_world_size()))
+        problem = first_answer(together(lambda: damage_of(checkpoint, dist.get_rank(), dist.get_world_size())))
         if problem is None:
             on_rank_0(lambda: _set_aside_later_ones(checkpoint, checkpoints))
             return together(lambda: _fitting(checkpoint, config, expected))

@@ -26,7 +26,7 @@ from megagpt.training.checkpoint import CheckpointManifest, newest_checkpoint
 from megagpt.training.collective import on_rank_0, together
 from megagpt.training.control import HostGroup
 from megagpt.training.engine import Engine
-from megagpt.training.faults import LossSpikes, NonFiniteSteps, RollBackError
+from megagpt.training.faults import LossSpikes, NonFiniteSteps
 from megagpt.training.horizon import Horizon, horizon
 from megagpt.training.initial_weights import open_initial_weights
 from megagpt.training.metrics import JsonLines, Record, Sink
@@ -37,7 +37,7 @@ from megagpt.training.saving import restore_random_states
 from megagpt.training.schedule import Schedule
 from megagpt.training.sinks import ConsoleSink, TensorBoardSink, WandbSink
 from megagpt.training.supervision import Supervisor
-from megagpt.training.trainer import Callback, Progress, Trainer
+from megagpt.training.trainer import Callback, Progress, RollBackError, Trainer
 from megagpt.training.universal_loading import convert_together, needs_conversion, sharding_options
 
 logger = logging.getLogger(__name__)

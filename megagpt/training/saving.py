@@ -70,6 +70,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._manifest: CheckpointManifest | None = None
         self._written: dict[str, FileChecksum] = {}
+        self._expected: set[str] = set()
         self._failure: str | None = None
         self._started = self._stall = 0.0
         self._bytes = 0
@@ -143,7 +144,7 @@ class CheckpointWriter:
         """An empty hidden folder; what killed saves and removals have left is cleared away."""
         try:
             for leftover in (*self._folder.glob(".saving_*"), *self._folder.glob(".removing_*")):
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=leftover != aside)
             (aside / SHARDS).mkdir(parents=True)
             (aside / RANDOM_STATES).mkdir()
         except OSError as error:
@@ -152,6 +153,7 @@ class CheckpointWriter:
     def _write(self, aside: Path, contents: dict[Path, Any]) -> None:
         """This rank's files, in the thread; what goes wrong is told in `finish`."""
         try:
+            self._expected = {path.relative_to(aside).as_posix() for path in contents}
             for path, content in contents.items():
                 self._written[path.relative_to(aside).as_posix()] = write_file(content, path, self._count)
             if self._rank == 0:  # DeepSpeed's own recovery tool, for use without this project
@@ -159,7 +161,9 @@ class CheckpointWriter:
                 shutil.copyfile(deepspeed.utils.zero_to_fp32.__file__, tool)
                 fsync_path(tool)
                 self._written[tool.name] = FileChecksum.of(tool)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+        except Exception as error:  # noqa: BLE001 - whatever it was, the main thread must hear of it
+            for path in contents:
+                path.unlink(missing_ok=True)  # a full disk is needed by others, the metrics among them
             self._failure = str(self._refused(error))
         finally:
             contents.clear()
@@ -170,6 +174,7 @@ class CheckpointWriter:
     def _check(self) -> None:
         if self._failure:
             raise UserError(self._failure)
+        assert self._expected <= self._written.keys(), "the thread ended without a word"
 
     def _publish(self, manifest: CheckpointManifest) -> None:
         aside, final = self._aside(manifest), self._folder / checkpoint_name(manifest.step)
@@ -202,8 +207,9 @@ class CheckpointWriter:
             remove_checkpoint(old)
 
     def _refused(self, error: Exception) -> UserError:
-        free = shutil.disk_usage(self._folder if self._folder.exists() else self._folder.parent).free / 1e9
-        reason = str(error).splitlines()[0][:200]
+        existing = next(path for path in (self._folder, *self._folder.parents) if path.exists())
+        free = shutil.disk_usage(existing).free / 1e9
+        reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         return UserError(f"cannot write a checkpoint into {self._folder}: {reason} ({free:.1f} GB free there)")
 
 

@@ -126,9 +126,11 @@ class WandbSink:
             )
         except wandb.errors.Error as error:
             raise UserError(f"wandb does not start: {error}; choose logging.wandb_mode=offline") from error
+        # Records may come late, and steps again after a rollback: wandb's own step may only grow.
+        self._run.define_metric("*", step_metric="step")
 
     def write(self, record: Record) -> None:
-        self._run.log(_flat(record), step=record["step"])
+        self._run.log(_flat(record) | {"step": record["step"]})
 
     def close(self, completed: bool) -> None:
         self._run.finish(exit_code=0 if completed else 1)

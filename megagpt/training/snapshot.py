@@ -19,6 +19,8 @@ from torch import Tensor
 
 from megagpt.data.manifest import FileChecksum
 
+_SLICE = 1 << 26  # bytes: progress is seen within a large tensor, too
+
 
 class CollectingEngine(TorchCheckpointEngine):
     """Keeps what DeepSpeed saves, for somebody else to write: a disk that fails must not leave ranks in a barrier."""
@@ -80,11 +82,14 @@ class _HashingFile:
         self._digest, self._size = xxhash.xxh3_128(), 0
 
     def write(self, data: bytes) -> int:
-        self._file.write(data)
-        self._digest.update(data)
-        self._size += len(data)
-        self._count(len(data))
-        return len(data)
+        view = memoryview(data).cast("B")
+        for start in range(0, len(view), _SLICE):
+            part = view[start : start + _SLICE]
+            self._file.write(part)
+            self._digest.update(part)
+            self._size += len(part)
+            self._count(len(part))
+        return len(view)
 
     def flush(self) -> None:
         self._file.flush()

@@ -62,6 +62,14 @@ class StepInfo:
     data_seconds: float
 
 
+class RollBackError(Exception):
+    """The run shall go back to its newest checkpoint and leave out a window of samples."""
+
+    def __init__(self, step: int, window: Window, loss: float, score: float) -> None:
+        super().__init__(f"the loss of step {step} was {loss:.4f}, {score:.1f} robust standard deviations too high")
+        self.window, self.loss, self.score = window, loss, score
+
+
 class Callback:
     """Something that hangs on the loop; override what is needed. Every method runs on every rank."""
 
@@ -101,6 +109,10 @@ class Trainer:
         self.schedule, self.total_steps = Schedule.of(config, length), length.steps
         self.stop_signal = 0
         """The signal for which the ranks agreed to stop although steps are left; 0: none."""
+        self.rollback_waits = False
+        """Whether the run will go back, so that what it holds now is not worth keeping."""
+        self.error: BaseException | None = None
+        """What the loop was left by, if not by its end."""
         self.any_busy = False
         """Whether `busy` was true on any rank when the last step began."""
         self.busy: Callable[[], bool] = lambda: False
@@ -133,10 +145,14 @@ class Trainer:
                 stack.callback(callback.on_end, self)
             for callback in self.callbacks:
                 callback.on_start(self)
-            self.check_stop()
-            while not (self.stopping or self.finished):
-                self._one_step()
-            self.settle()
+            try:
+                self.check_stop()
+                while not (self.stopping or self.finished):
+                    self._one_step()
+                self.settle()
+            except BaseException as error:
+                self.error = error
+                raise
 
     def check_stop(self) -> bool:
         """Agree with all ranks, now, whether to stop; called on every rank."""

@@ -193,7 +193,7 @@ def test_a_rank_that_hangs_makes_all_write_their_stacks_and_exit(config_file, tm
         text = (run_dir / f"logs/hang_rank_{rank}.txt").read_text()
         assert "collectives begun" in text
         assert "phase: step" in text
-        assert "trainer.py" in text  # the main thread's stack
+        assert "trainer.py" in text or rank == 1  # the main thread's stack, unless its collective failed before
         # Rank 1, once it goes on, may notice by itself or hear of it.
         assert re.search("rank 0 on .* made no progress" if rank == 0 else "made no progress", job.output(rank))
     finish(config_file, run_dir)
