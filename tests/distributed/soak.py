@@ -110,6 +110,8 @@ class Soak:
         elif what == "hang":
             job.send(signal.SIGSTOP, [victim])
             deadline = time.monotonic() + 40
+            if job.world_size == 1:  # nobody else is there to notice: it notices itself when it goes on
+                time.sleep(self.config.faults.step_timeout + 5)
             while (
                 any(p.exitcode is None for r, p in enumerate(job.ranks) if r != victim) and time.monotonic() < deadline
             ):
