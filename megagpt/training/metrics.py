@@ -121,11 +121,15 @@ def _parsed(line: bytes) -> Any:
         return json.loads(line)
 
 
-def drop_records_after(path: Path, step: int) -> int:
-    """Remove what a killed run logged after the checkpoint it now continues from; returns how many lines that were."""
+def drop_records_after(path: Path, step: int, evaluates_again: bool = False) -> int:
+    """Remove what a killed run logged after the checkpoint it now continues from; returns how many lines that were.
+
+    evaluates_again: the evaluation of `step` itself was cut off and is made again, so its records go, too.
+    """
     if not path.exists():
         return 0
     records = list(read_metrics(path))
-    kept = [record for record in records if record["step"] <= step]
+    again = ("validation", "sample") if evaluates_again else ()
+    kept = [r for r in records if r["step"] < step or (r["step"] == step and r["kind"] not in again)]
     replace_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
     return len(records) - len(kept)

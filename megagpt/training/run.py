@@ -79,7 +79,7 @@ def train(config: RunConfig, device: torch.device, console: Console, supervisor:
                 lambda: open_initial_weights(Path(source), config.model, data.tokenizer, rank, world_size)
             )
         write_samples = together(lambda: sample_writer(config))
-        on_rank_0(lambda: run_folder.prepare(config, data, progress.step))
+        on_rank_0(lambda: run_folder.prepare(config, data, progress.step, progress.evaluation_due))
         if rank == 0:
             _print_plan(console, config, data, device, micro_batch_size, accumulation_steps, length, resumption)
         supervisor.beat("building the model", patient=True)

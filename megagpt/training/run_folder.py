@@ -55,8 +55,11 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def prepare(config: RunConfig, data: TrainingData, first_step: int) -> None:
-    """Write config.yaml and the tokenizer; drop the metrics of steps after `first_step`, which will be done again."""
+def prepare(config: RunConfig, data: TrainingData, first_step: int, evaluates_again: bool = False) -> None:
+    """Write config.yaml and the tokenizer; drop the metrics of steps after `first_step`, which will be done again.
+
+    evaluates_again: so will the evaluation of `first_step`.
+    """
     run_dir, tokenizer = Path(config.train.run_dir), data.tokenizer
     with writable(run_dir):
         save_config(config, run_dir / "config.yaml")
@@ -64,7 +67,7 @@ def prepare(config: RunConfig, data: TrainingData, first_step: int) -> None:
             if tokenizer.file:
                 shutil.copyfile(_manifest_folder(data) / tokenizer.file, run_dir / tokenizer.file)
             replace_file(run_dir / "tokenizer.json", (tokenizer.model_dump_json(indent=1) + "\n").encode())
-        drop_records_after(run_dir / "metrics.jsonl", first_step)
+        drop_records_after(run_dir / "metrics.jsonl", first_step, evaluates_again)
 
 
 @contextmanager

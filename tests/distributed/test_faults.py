@@ -15,6 +15,7 @@ from rich.console import Console
 from launch.signals import REQUEUE
 from launch.watchdog import HANG
 from megagpt.config import save_config
+from megagpt.training import saving
 from megagpt.training.checkpoint import complete_checkpoints, newest_checkpoint, verify_checksums
 from megagpt.training.run import train
 from megagpt.training.supervision import Supervisor
@@ -246,6 +247,34 @@ def test_a_save_that_the_disk_refuses_stops_the_run_by_default(two_ranks, corpus
     with pytest.raises(AssertionError, match="AgreedError: cannot write a checkpoint into"):
         two_ranks.run(train_on_a_small_disk, config, 100_000)
     assert max(r["step"] for r in records(tmp_path / "run", "train")) < 20
+
+
+def train_with_little_memory(config) -> list[dict]:
+    """As train_and_report, but rank 1 finds no memory to write its second checkpoint."""
+    write, calls = saving.write_file, []
+
+    def failing(content, path, count):
+        calls.append(path)
+        if dist.get_rank() == 1 and "step_00000008" in str(path):
+            raise MemoryError
+        return write(content, path, count)
+
+    saving.write_file = failing
+    try:
+        return train_and_report(config)
+    finally:
+        saving.write_file = write
+
+
+def test_a_writer_that_dies_of_anything_leaves_no_incomplete_checkpoint(two_ranks, corpus, tmp_path):
+    config = tiny_config(corpus, tmp_path / "run", checkpoint={"every": 4, "keep": 9, "on_error": "continue"})
+    found = two_ranks.run(train_with_little_memory, config)[0]
+    assert [r["step"] for r in found if r["kind"] == "checkpoint"] == [4, 12, 16, 20]
+    (event,) = [r for r in found if r["kind"] == "event"]
+    assert "MemoryError" in event["message"]
+    for checkpoint in complete_checkpoints(tmp_path / "run/checkpoints"):
+        verify_checksums(checkpoint)
+        assert len(list((checkpoint / "random").iterdir())) == 2
 
 
 def test_a_job_is_what_the_command_is(config_file, tmp_path):

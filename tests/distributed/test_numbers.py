@@ -14,7 +14,7 @@ from megagpt.data.loader import Batch, TrainingData
 from megagpt.training.checkpoint import complete_checkpoints, load_weights
 from megagpt.training.engine import Engine
 from megagpt.training.faults import robust_score
-from tests.distributed.jobs import VOCAB_SIZE, losses, refusal, tiny_config, train_and_report
+from tests.distributed.jobs import VOCAB_SIZE, losses, refusal, tiny_config, train_and_report, train_in_fp16
 from tests.distributed.launched import manifest, records
 
 
@@ -153,6 +153,43 @@ def _longer(config, steps: int):
     return config.model_copy(update={"train": _steps(config, steps)})
 
 
+def test_a_spike_at_a_step_that_is_due_for_a_checkpoint_goes_back_to_the_one_before(two_ranks, corpus, tmp_path):
+    bad = (8 * 49, 8 * 50)
+    config = spiky(corpus, tmp_path / "run", spike_action="rollback")
+    found = two_ranks.run(train_on_bad_windows, config, {bad: "noise"})[0]
+    assert [(r["step"], r["samples"]) for r in found if r.get("event") == "rollback"] == [(40, list(bad))]
+    assert [r["step"] for r in found if r["kind"] == "checkpoint"] == [10, 20, 30, 40, 50, 60]
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2])
+def test_fp16_with_an_offloaded_optimizer_steps_again_after_an_overflow(zero_stage, two_ranks, corpus, tmp_path):
+    config = tiny_config(
+        corpus,
+        tmp_path / "run",
+        train={"precision": "fp16", "device": "auto", "steps": 25, "micro_batch_size": 2},
+        parallel={"zero_stage": zero_stage, "offload_optimizer": True},
+        deepspeed={"fp16": {"initial_scale_power": 24}},
+    )
+    found = [r for r in two_ranks.run(train_in_fp16, config)[0] if r["kind"] == "train"]
+    assert 0 < found[-1]["skipped_steps"] < 20
+    assert found[-1]["loss"] < found[0]["loss"] - 0.2
+
+
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_fp16_may_skip_as_many_steps_as_the_configuration_says(zero_stage, two_ranks, corpus, tmp_path):
+    config = tiny_config(
+        corpus,
+        tmp_path / "run",
+        optimizer={"lr": 1e30},
+        schedule={"name": "constant", "warmup_steps": 0},
+        train={"precision": "fp16", "device": "auto", "steps": 40},
+        data={"validation": []},
+        faults={"max_skipped_steps": 25},
+    )
+    with pytest.raises(AssertionError, match="had a loss or gradient that is not finite; stopped with a checkpoint"):
+        two_ranks.run(train_in_fp16, config)
+
+
 def test_rollbacks_have_a_limit(one_rank, corpus, tmp_path):
     config = spiky(corpus, tmp_path / "run", spike_action="rollback", max_rollbacks=0)
     with pytest.raises(AssertionError, match="robust standard deviations too high, again after 0 rollbacks"):
@@ -177,7 +214,8 @@ def test_steps_that_stay_non_finite_stop_the_run_with_a_checkpoint_of_before(zer
     assert "steps 2 to 7 had a loss or gradient that is not finite; stopped with a checkpoint of step 1" in message
     (checkpoint,) = complete_checkpoints(tmp_path / "run/checkpoints")
     assert checkpoint.name == "step_00000001"
-    assert (manifest(checkpoint)["consumed_samples"], manifest(checkpoint)["skipped_steps"]) == (8, 0)
+    found = manifest(checkpoint)
+    assert (found["consumed_samples"], found["consumed_tokens"], found["skipped_steps"]) == (8, 8 * 32, 0)
     one_step = tiny_config(
         corpus,
         tmp_path / "one",

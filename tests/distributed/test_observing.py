@@ -89,6 +89,7 @@ def test_the_slowest_rank_is_named(two_ranks, corpus, tmp_path):
     found = two_ranks.run(slow_on_rank_1, tiny_config(corpus, tmp_path / "run", train={"steps": 8}))[0]
     trained = [record for record in found if record["kind"] == "train"][2:]
     assert {record["slowest_rank"] for record in trained} == {1}
+    assert min(record["straggler_ratio"] for record in trained) > 1.5
 
 
 def test_mfu_is_flops_over_the_peak_of_all_ranks(two_ranks, corpus, tmp_path):

@@ -1,5 +1,6 @@
 """metrics.jsonl survives kills, and its mirrors show what it says."""
 
+import errno
 import json
 
 import pytest
@@ -45,6 +46,36 @@ def test_resuming_drops_only_what_was_logged_after_the_checkpoint(tmp_path):
     write(path, [{"kind": kind, "step": step} for step in range(1, 6) for kind in ("train", "validation")])
     assert drop_records_after(path, 3) == 4
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 1, 2, 2, 3, 3]
+
+
+def test_an_evaluation_that_is_made_again_is_not_logged_twice(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, [{"kind": kind, "step": step} for step in (1, 2) for kind in ("train", "validation", "sample")])
+    assert drop_records_after(path, 2, evaluates_again=True) == 2
+    assert [r["kind"] for r in read_metrics(path)] == ["train", "validation", "sample", "train"]
+
+
+def test_a_full_disk_keeps_records_waiting_until_there_is_room(tmp_path, monkeypatch):
+    sink = JsonLines(tmp_path / "metrics.jsonl")
+    file, full = sink._file, []
+
+    class Disk:
+        def write(self, data: bytes) -> int:
+            if full:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return file.write(data[:10])  # and never more at once
+
+        def __getattr__(self, name: str):
+            return getattr(file, name)
+
+    sink._file = Disk()
+    sink.write({"kind": "train", "step": 1})
+    full.append(True)
+    sink.write({"kind": "train", "step": 2})
+    full.clear()
+    sink.write({"kind": "train", "step": 3})
+    sink.close(completed=True)
+    assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [1, 2, 3]
 
 
 @pytest.mark.parametrize(
