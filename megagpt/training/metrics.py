@@ -9,12 +9,13 @@ One JSON object a line. Every one has `kind`, `step` (optimizer steps done) and 
   validation  dataset, loss, perplexity, bits_per_byte (null without a tokenizer), targets, seconds
   sample      prompt, text
   checkpoint  path, seconds, stall_seconds, bytes
-  event       event (spike, rollback, changes, ...), message, and what belongs to it
-  stop        reason
+  event       event (spike, rollback, skipped, changed, checkpoint_failed), message; samples (start, stop), loss, score
+  stop        reason (finished, SIGTERM, SIGUSR1, or failed: ...)
 
 Seconds of a train record are means over the steps since the one before; step_seconds holds data, forward_backward and
 optimizer, not checkpoint and evaluation. goodput is the time spent in steps that count (not repeated after a restart)
-over the time since the run's first start. straggler_ratio is the slowest rank's own time, without waiting for others,
+over the time since the run's first start. bits_per_byte is the loss of all targets, ends of documents included, over
+the bytes of the text that they stand for. straggler_ratio is the slowest rank's own time, without waiting for others,
 over the median rank's.
 
 A number that is not finite (the loss of a step that overflowed) is null.
