@@ -27,6 +27,7 @@ setup(
         "matplotlib>=3.8",
         "numpy>=2",
         "orjson>=3.10",
+        "psutil>=5.9",
         "py3langid>=0.4,<0.5",  # its scores are part of what a corpus is
         "pyarrow>=21",
         "pydantic>=2.9",
@@ -51,7 +52,6 @@ setup(
         "dev": [
             "hypothesis>=6.100",
             "mypy>=1.11",
-            "psutil>=5.9",
             "pytest>=8",
             "pytest-timeout>=2.3",
             "ruff>=0.6",

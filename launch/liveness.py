@@ -40,7 +40,7 @@ class Loss:
         if self.reason == "hang":
             return f"{where} made no progress{self.detail}"
         if self.reason == "failed":
-            return f"{where} failed: {self.detail} (see logs/rank_{self.rank}.log)"
+            return f"{where} failed: {self.detail} (see rank_{self.rank}.log)"
         return f"{where} was lost: its process was killed or its node died"
 
 

@@ -3,12 +3,13 @@
 import logging
 import os
 import resource
-import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from launch.environment import ProcessEnvironment
+from launch.meeting import MEETING_SECONDS, shared_store
+from launch.roll_call import gloo_interface, granted_gpus, here, roll_call
 from megagpt.config import check_precision
 from megagpt.config.schema import TrainConfig
 from megagpt.errors import UsageError
@@ -18,26 +19,39 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def joined(place: ProcessEnvironment, train: TrainConfig) -> Iterator["torch.device"]:
-    """The device of this rank, inside the job's process group (NCCL on GPUs, gloo on CPUs).
+def joined(
+    place: ProcessEnvironment, train: TrainConfig, timeout: float = MEETING_SECONDS
+) -> Iterator[tuple[ProcessEnvironment, "torch.device"]]:
+    """The device of this rank, inside the job's process group (NCCL on GPUs, gloo on CPUs); `place` as it turned out.
 
-    Raises UsageError for what the machine cannot do, before any rank waits for another. torch and DeepSpeed are
-    imported here, after the variables that they read at import are set.
+    timeout: seconds to wait for the other ranks. Raises AgreedError on all ranks for what one of them cannot do or what
+    does not fit together. torch and DeepSpeed are imported here, after the variables that they read at import are set.
     """
-    os.environ.update(place.variables())
     _allow_many_connections()
     if train.deterministic:
         _be_deterministic()
-    chosen = _choose_device(place, train.device, train.precision)
-    os.environ["DS_ACCELERATOR"] = chosen.type
+    device, problem = None, None
+    try:
+        device = _choose_device(place, train.device, train.precision)
+    except UsageError as error:
+        problem = error
+    with shared_store(place, timeout) as (place, store):
+        everybody = roll_call(place, store, here(place, device_id(device), problem), timeout)
+    assert device is not None
+    os.environ.update(place.variables())
+    os.environ["DS_ACCELERATOR"] = device.type
+    if device.index is not None:
+        os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the device's number
+    if interface := gloo_interface(place, everybody):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
     import torch.distributed as dist
 
     from megagpt.training.engine import init_process_group
 
     _send_to_log("DeepSpeed")
-    init_process_group(chosen.type)
+    init_process_group(device.type, store, place.rank, place.world_size)
     try:
-        yield chosen
+        yield place, device
     finally:
         dist.destroy_process_group()
 
@@ -65,29 +79,31 @@ def _choose_device(place: ProcessEnvironment, wanted: str, precision: str) -> "t
     """The device of this rank; on a CPU also the number of threads."""
     import torch
 
-    use_cuda = torch.cuda.is_available() if wanted == "auto" else wanted == "cuda"
-    if not use_cuda:
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cpu" or (wanted == "auto" and not visible and not granted_gpus(os.environ)):
         check_precision(precision, "cpu")
         torch.set_num_threads(cpu_threads(os.environ, len(os.sched_getaffinity(0)), place.local_world_size))
         return torch.device("cpu")
-    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    # One visible GPU for several ranks of a node: the launcher has bound each rank to its own.
-    index = 0 if visible == 1 and bound_to_own_gpu(os.environ) else place.local_rank
-    if index >= visible:
+    if not visible:
+        given = f"Slurm gave this job {count} here" if (count := granted_gpus(os.environ)) else "train.device=cuda"
+        reason = "its driver does not answer: try nvidia-smi" if torch.version.cuda else "it is a build without CUDA"
         raise UsageError(
-            f"local rank {place.local_rank} needs GPU {index}, but torch sees {visible} on {socket.gethostname()}; "
-            "start one rank a GPU, or set train.device=cpu"
+            f"torch {torch.__version__} sees no GPU ({reason}), but {given}; for CPUs set train.device=cpu"
         )
-    device = torch.device("cuda", index)
+    # Launchers let a rank see all GPUs of its host or only its own; the roll call finds two ranks on one.
+    device = torch.device("cuda", place.local_rank % visible)
     torch.cuda.set_device(device)
-    os.environ["LOCAL_RANK"] = str(index)  # DeepSpeed takes it for the device's number
     check_precision(precision, "cuda", bf16_supported=torch.cuda.is_bf16_supported(including_emulation=False))
     return device
 
 
-def bound_to_own_gpu(environ: Mapping[str, str]) -> bool:
-    """Whether Slurm gave each task GPUs of its own (--gpus-per-task, --gpu-bind): each sees its own as number 0."""
-    return any(name in environ for name in ("SLURM_GPUS_PER_TASK", "SLURM_GPU_BIND", "SLURM_GPUS_BIND"))
+def device_id(device: "torch.device | None") -> str:
+    """cpu, or the UUID of a GPU."""
+    import torch
+
+    if device is None or device.type == "cpu":
+        return "cpu"
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def cpu_threads(environ: Mapping[str, str], cores: int, local_world_size: int) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch.environment import ProcessEnvironment, discover
+from launch.environment import ProcessEnvironment, discover, is_first_task, log_folder
 from launch.process import joined
 from launch.signals import REQUEUE, StopSignals
 from megagpt.config import load_config
@@ -43,26 +43,34 @@ def main(
     SIGTERM and SIGUSR1 end the run after the step under way, with a checkpoint and exit code 85 (start it again to go
     on); without progress for faults.step_timeout seconds it ends with 86. Every key is in docs/configuration.md.
     """
-    place = discover()
     signals = StopSignals()
     try:
+        place = discover()
         run_config = load_config(config, overrides or [])
-        _log_to_file(Path(run_config.train.run_dir) / "logs", place)
-        with joined(place, run_config.train) as device:
-            sys.exit(_train(run_config, place, device, signals))
+    except UserError as error:  # found by all ranks
+        sys.exit(fail(str(error), error.exit_code) if is_first_task() else error.exit_code)
+    logs = log_folder(Path(run_config.train.run_dir))
+    try:
+        _log_to_file(logs, place)
+        with joined(place, run_config.train) as (place, device):
+            sys.exit(_train(run_config, place, device, signals, logs))
+    except AgreedError as error:
+        sys.exit(fail(str(error), error.exit_code) if place.rank == 0 else error.exit_code)
     except UserError as error:
         # Found before the ranks have met, so most likely by all of them: once a node is enough.
         sys.exit(fail(_from(place) + str(error), error.exit_code) if place.local_rank == 0 else error.exit_code)
 
 
-def _train(config: RunConfig, place: ProcessEnvironment, device: "torch.device", signals: StopSignals) -> int:
+def _train(
+    config: RunConfig, place: ProcessEnvironment, device: "torch.device", signals: StopSignals, logs: Path
+) -> int:
     """Train and return the exit code. What all ranks agreed on is told by rank 0, what one found alone by that one."""
     from rich.console import Console
 
     from launch.supervisor import ProcessSupervisor
     from megagpt.training.run import train
 
-    supervisor = ProcessSupervisor(place, signals, Path(config.train.run_dir) / "logs", config.faults.step_timeout)
+    supervisor = ProcessSupervisor(place, signals, logs, config.faults.step_timeout)
     try:
         outcome = train(config, device, Console(highlight=False, markup=False, soft_wrap=True), supervisor)
     except AgreedError as error:

@@ -44,7 +44,7 @@ def train(
     """
     run_config = load_config(config, overrides or [])
     console = Console(highlight=False, soft_wrap=True)
-    with joined(discover(), run_config.train) as device:
+    with joined(discover(), run_config.train) as (_, device):
         from megagpt.scaling.train_benchmark import compare_with_plain_loop
 
         result = compare_with_plain_loop(run_config, steps, device, console.print)

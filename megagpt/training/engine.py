@@ -325,8 +325,8 @@ def missing_for_compile() -> str | None:
     return None
 
 
-def init_process_group(device_type: str) -> None:
-    """Join the process group that RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT describe; NCCL or gloo.
+def init_process_group(device_type: str, store: dist.Store, rank: int, world_size: int) -> None:
+    """Join the process group of all ranks that share `store`: NCCL or gloo.
 
     DeepSpeed would compile a shared-memory kernel for inference on CPUs, which nothing here calls: it costs half a
     minute, a compiler, and a lock file that makes the next start wait for ever if the compilation was killed.
@@ -334,6 +334,7 @@ def init_process_group(device_type: str) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     with deepspeed_output_to_log():
         backend = "nccl" if device_type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=PATIENCE)
 
 

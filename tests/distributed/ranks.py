@@ -80,11 +80,13 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
         DS_ACCELERATOR="cpu",
     )
     import torch
+    import torch.distributed as dist
 
     from megagpt.training.engine import init_process_group
 
     torch.set_num_threads(1)
-    init_process_group("cpu")
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size))
+    init_process_group("cpu", store, rank, world_size)
     while True:
         try:
             function, arguments = pipe.recv()

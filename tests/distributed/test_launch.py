@@ -66,7 +66,7 @@ def test_every_launcher_trains_the_same_run(launcher, config_file, tmp_path, one
     ("overrides", "words"),
     [
         (["train.stepz=3"], ["override train.stepz=3", "did you mean train.steps?"]),
-        (["train.device=cuda"], ["needs GPU 0, but torch sees 0"]),
+        (["train.device=cuda"], ["sees no GPU (", "train.device=cuda", "set train.device=cpu"]),
         (["train.precision=fp16"], ["train.precision", "fp16 needs a GPU"]),
     ],
 )

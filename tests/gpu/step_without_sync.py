@@ -14,7 +14,7 @@ from tests.distributed.jobs import VOCAB_SIZE, tiny_config
 def main(stage: int, precision: str, folder: Path) -> None:
     sizes = {"micro_batch_size": 2, "global_batch_size": 4, "precision": precision, "device": "cuda", "compile": True}
     config = tiny_config(folder, folder / "run", parallel={"zero_stage": stage}, train=sizes)
-    with joined(discover(), config.train) as device:
+    with joined(discover(), config.train) as (_, device):
         from megagpt.training.engine import Engine
 
         engine = Engine(config, 2, 2, device)

@@ -1,8 +1,10 @@
 """Every launcher's variables lead to the right place in the job; contradictions stop with the variable's name."""
 
+from pathlib import Path
+
 import pytest
 
-from launch.environment import discover, port_of_step, tasks_per_node
+from launch.environment import discover, expand_hosts, is_first_task, log_folder, ports_of_step, tasks_per_node
 from launch.process import cpu_threads
 from megagpt.errors import UsageError
 
@@ -60,7 +62,13 @@ def test_slurm_tasks_with_uneven_nodes():
         "SLURM_JOB_ID": "123456",
         "SLURM_STEP_ID": "2",
     }
-    assert place(variables) == (4, 0, 5, 1, "node7", port_of_step(123456, 2))
+    found = discover(variables)
+    assert place(variables)[:5] == (4, 0, 5, 1, "node7")
+    assert found.ports == ports_of_step(123456, 2)
+    assert found.job == "123456.2.0"
+    again = discover(variables | {"SLURM_RESTART_COUNT": "1"})
+    assert again.ports == found.ports  # found again without asking anyone
+    assert again.job != found.job  # but not mistaken for what is left of the first start
 
 
 def test_a_slurm_allocation_without_srun_is_one_process():
@@ -121,3 +129,71 @@ def test_ranks_share_the_cores_unless_the_user_says_otherwise():
     torchrun_default = {"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "x"}
     assert cpu_threads(torchrun_default, cores=8, local_world_size=2) == 4
     assert cpu_threads({"OMP_NUM_THREADS": "1"}, cores=8, local_world_size=2) == 1
+
+
+def test_ports_of_neighbouring_jobs_and_steps_begin_apart_and_are_all_unprivileged():
+    firsts = [ports_of_step(job, step)[0] for job in range(1000, 1050) for step in range(3)]
+    assert len(set(firsts)) == len(firsts)
+    for job in (0, 1, 123, 67_108_863):
+        ports = ports_of_step(job, 2)
+        assert len(set(ports)) == 16
+        assert all(20_000 <= port < 30_000 for port in ports)
+
+
+def test_a_given_address_and_port_are_the_only_candidates():
+    slurm = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    slurm |= {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_STEP_NODELIST": "node[1-2]"}
+    found = discover(slurm | {"MASTER_ADDR": "10.1.2.3", "MASTER_PORT": "7000"})
+    assert (found.addresses, found.ports) == (("10.1.2.3",), (7000,))
+
+
+def test_a_first_host_whose_name_does_not_resolve_has_the_address_of_the_node_that_called_srun_to_fall_back_on():
+    slurm = {"SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_NODEID": "1", "SLURM_STEP_NUM_TASKS": "2"}
+    slurm |= {"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_STEP_NODELIST": "no-such-host-[07-08]"}
+    found = discover(slurm | {"SLURM_LAUNCH_NODE_IPADDR": "10.9.8.7"})
+    assert found.addresses == ("no-such-host-07", "10.9.8.7")
+
+
+@pytest.mark.parametrize(
+    ("text", "hosts"),
+    [
+        ("login", ["login"]),
+        ("node[1-3]", ["node1", "node2", "node3"]),
+        ("gpu[08-10,3],cpu", ["gpu08", "gpu09", "gpu10", "gpu3", "cpu"]),
+        ("rack[1-2]n[01-02]", ["rack1n01", "rack1n02", "rack2n01", "rack2n02"]),
+        ("a[1-2].cluster,b-3", ["a1.cluster", "a2.cluster", "b-3"]),
+    ],
+)
+def test_compressed_host_lists_expand(text, hosts):
+    assert expand_hosts(text) == hosts
+
+
+def test_a_host_list_that_cannot_be_read_is_told():
+    with pytest.raises(UsageError, match=r"cannot read the node list 'node\[a-b\]'"):
+        expand_hosts("node[a-b]")
+
+
+def test_one_torchrun_a_slurm_task_without_the_others_is_refused():
+    alone = TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "1"}
+    alone |= {"TORCHELASTIC_RUN_ID": "x", "SLURM_STEP_NUM_TASKS": "2"}
+    with pytest.raises(UsageError, match=r"2 tasks, but WORLD_SIZE=4 .torchrun was told of 1 node.*--nnodes"):
+        discover(alone)
+    assert discover(alone | {"WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "2"}).world_size == 8
+
+
+def test_a_world_of_one_that_somebody_exported_does_not_hide_the_tasks_of_slurm():
+    exported = TORCHRUN | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    with pytest.raises(UsageError, match=r"4 tasks, but WORLD_SIZE=1 .*unset RANK"):
+        discover(exported | {"SLURM_STEP_NUM_TASKS": "4"})
+
+
+def test_the_first_task_speaks_for_all():
+    assert is_first_task({})
+    assert is_first_task({"SLURM_PROCID": "0"})
+    assert not is_first_task({"SLURM_PROCID": "3"})
+    assert not is_first_task({"PMI_RANK": "1"})
+
+
+def test_every_slurm_job_logs_into_a_folder_of_its_own():
+    assert log_folder(Path("runs/a"), {}) == Path("runs/a/logs")
+    assert log_folder(Path("runs/a"), {"SLURM_JOB_ID": "17"}) == Path("runs/a/logs/17")
