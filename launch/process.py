@@ -28,6 +28,8 @@ def joined(
     does not fit together. torch and DeepSpeed are imported here, after the variables that they read at import are set.
     """
     _allow_many_connections()
+    # torch's C++ warns of every host whose address has no name, which is no trouble; its errors stay.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if train.deterministic:
         _be_deterministic()
     device, problem = None, None
@@ -85,7 +87,8 @@ def _choose_device(place: ProcessEnvironment, wanted: str, precision: str) -> "t
         torch.set_num_threads(cpu_threads(os.environ, len(os.sched_getaffinity(0)), place.local_world_size))
         return torch.device("cpu")
     if not visible:
-        given = f"Slurm gave this job {count} here" if (count := granted_gpus(os.environ)) else "train.device=cuda"
+        count = granted_gpus(os.environ)
+        given = f"Slurm gave this job {count} on this node" if count else "train.device=cuda"
         reason = "its driver does not answer: try nvidia-smi" if torch.version.cuda else "it is a build without CUDA"
         raise UsageError(
             f"torch {torch.__version__} sees no GPU ({reason}), but {given}; for CPUs set train.device=cpu"

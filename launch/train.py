@@ -70,9 +70,13 @@ def _train(
     from launch.supervisor import ProcessSupervisor
     from megagpt.training.run import train
 
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    if place.rank == 0 and place.world_size > 1:
+        where = f"rank 0 is at {place.master_addr}, port {place.master_port}"
+        console.print(f"ranks    {place.world_size}, started by {place.launcher}; {where}")
     supervisor = ProcessSupervisor(place, signals, logs, config.faults.step_timeout)
     try:
-        outcome = train(config, device, Console(highlight=False, markup=False, soft_wrap=True), supervisor)
+        outcome = train(config, device, console, supervisor)
     except AgreedError as error:
         supervisor.close("done")
         return fail(str(error), error.exit_code) if place.rank == 0 else error.exit_code

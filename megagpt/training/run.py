@@ -99,6 +99,9 @@ def train(config: RunConfig, device: torch.device, console: Console, supervisor:
                 break
             except RollBackError as error:
                 progress, first = run.roll_back(progress, error)
+        # Launchers end all ranks soon after the first one has gone, and rank 0 may still be sending metrics.
+        supervisor.beat("ending", patient=True)
+        hosts.agree([0])
         engine.close()
         return outcome
 
