@@ -7,7 +7,8 @@
             random/             states of each rank's random generators
         latest                  the name of the newest one
 
-A folder named step_* without a valid manifest does not count; megagpt.training.saving writes them.
+A folder named step_* without a valid manifest does not count; megagpt.training.saving writes them. torch is imported
+only to load weights, so that what merely looks at a run starts at once.
 """
 
 import json
@@ -16,16 +17,17 @@ import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import BaseModel, ConfigDict
 
 from megagpt.data.history import BlendHistory
 from megagpt.data.manifest import FileChecksum
 from megagpt.errors import UserError
 from megagpt.training.schedule import Schedule
-from megagpt.training.weights import read_weights
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -208,8 +210,10 @@ def damage_of(checkpoint: Path, part: int = 0, parts: int = 1) -> str | None:
     return None
 
 
-def load_weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+def load_weights(checkpoint: Path) -> "dict[str, torch.Tensor]":
     """The model's fp32 master weights by parameter name, put together from the shards of all ranks, on the CPU."""
+    from megagpt.training.weights import read_weights
+
     manifest = read_manifest(checkpoint)
     verify_checksums(checkpoint)
     return read_weights(checkpoint / SHARDS, manifest.zero_stage, manifest.world_size)
