@@ -26,7 +26,7 @@ from tools.command import run_command, single_command
 
 PROGRAM = "python -m launch.status"
 
-UNKNOWN = "–"
+UNKNOWN = "-"
 BAR_LENGTH = 30
 RESTARTS_SHOWN = 3
 
@@ -135,7 +135,8 @@ def render(statuses: Sequence[Status]) -> RenderableType:
 
 
 def _details(status: Status) -> RenderableType:
-    ranks = f" on {status.ranks} rank{'s' * (status.ranks > 1)}" if status.is_alive and status.ranks else ""
+    is_training = status.state in ("running", "stale") and status.ranks is not None
+    ranks = f" on {status.ranks} rank{'s' * (status.ranks != 1)}" if is_training else ""
     detail = f": {status.detail}" if status.detail else ""
     state = Text.assemble((status.state, _STYLES[status.state]), ranks, detail)
     rows: list[tuple[str, str | Text]] = [
@@ -198,7 +199,7 @@ def _time_left(status: Status) -> str:
         lines.append(f"{duration(left.productive_seconds)} of training{end}, if nothing interrupts it")
     if left.overall_seconds is not None and left.overall_end is not None:
         end = _clock(left.overall_end, status.now)
-        lines.append(f"{duration(left.overall_seconds)}, until {end}, at the rate since its first start, all included")
+        lines.append(f"{duration(left.overall_seconds)}, until {end}, at the rate since its start, waits included")
     return "\n".join(lines)
 
 
@@ -227,7 +228,7 @@ def _restarts(status: Status) -> str:
     for restart in status.restarts[-RESTARTS_SHOWN:]:
         when = UNKNOWN if restart.time is None else _clock(restart.time, status.now)
         job = f" in job {restart.job}" if restart.job else ""
-        why = f": {restart.reason}" if restart.reason and restart.cause != "silent" else ""
+        why = f": {restart.reason}" if restart.reason and restart.cause not in ("silent", "finished") else ""
         lines.append(f"{when} from step {restart.step:,}{job}, {_CAUSES[restart.cause]}{why}")
     return "\n".join(lines)
 

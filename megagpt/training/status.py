@@ -168,7 +168,7 @@ class Status:
     detail: str
     """What there is to say about the state."""
     ranks: int | None
-    """World size of the last start; None: not known."""
+    """World size of the last start; None: it has not come to training, or an older file."""
     total_steps: int | None
     """None: there is no configuration to tell."""
     total_tokens: int | None
@@ -304,7 +304,6 @@ def judge(sources: Sources, answer: SlurmAnswer | None, now: float) -> Status:
     attempts, manifest = sources.attempts, sources.manifest
     job = answer.job if answer else None
     state, detail = _state(sources, answer, now)
-    ranks = [attempt.ranks for attempt in attempts if attempt.ranks is not None]
     length = None
     if sources.config is not None:
         length = horizon(sources.config, manifest) if manifest else horizon(sources.config)
@@ -315,7 +314,7 @@ def judge(sources: Sources, answer: SlurmAnswer | None, now: float) -> Status:
         now=now,
         state=state,
         detail=detail,
-        ranks=ranks[-1] if ranks else None,
+        ranks=attempts[-1].ranks if attempts else None,
         total_steps=length.steps if length else None,
         total_tokens=length.tokens if length else None,
         training=training,
@@ -368,7 +367,7 @@ def _unwitnessed(sources: Sources, last: Attempt, answer: SlurmAnswer | None, no
     if answer and last.job and answer.problem is None:
         if answer.job is None:
             return "ended silently", f"Slurm no longer knows its job {last.job}"
-        return "ended silently", f"its job {last.job} is {answer.job.state}"
+        return "ended silently", f"its job {last.job} was {answer.job.state}"
     if sources.lock and sources.lock.is_near:
         return "ended silently", "its process is gone, and wrote no reason"
     return _liveliness(sources, last.time or 0.0, now)
