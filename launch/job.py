@@ -21,11 +21,10 @@ from typing import Annotated, Any, Literal
 import typer
 
 from launch.environment import log_folder
-from launch.signals import REQUEUE
-from launch.watchdog import HANG
 from megagpt.config import load_config
 from megagpt.errors import UsageError, UserError
 from megagpt.training.checkpoint import complete_checkpoints
+from megagpt.training.supervision import HANG, LOST, REQUEUE
 from tools.command import run_command
 
 PROGRAM = "python -m launch.job"
@@ -96,9 +95,10 @@ def decide(code: int, events: Sequence[Mapping[str, Any]], step: int) -> tuple[D
     stopped_by = code - 128
     if code == 0:
         return "done", "finished"
-    if code == REQUEUE or stopped_by in (signal.SIGTERM, signal.SIGUSR1):  # the latter: before it could listen
+    # srun gives the highest code of all tasks: a process killed on a node that answers would have made it 137.
+    if code in (REQUEUE, LOST) or stopped_by in (signal.SIGTERM, signal.SIGUSR1):  # the latter: before it could listen
         reason = reason_to_hold(events, step)
-        return ("hold", reason) if reason else ("requeue", "asked to stop")
+        return ("hold", reason) if reason else ("requeue", "a node was lost" if code == LOST else "asked to stop")
     if code == HANG:
         return "stop", "hang"
     if stopped_by > 0:
@@ -117,8 +117,8 @@ def reason_to_hold(events: Sequence[Mapping[str, Any]], step: int) -> str:
     if starts <= MAX_RESTARTS:
         return ""
     return (
-        f"{MAX_RESTARTS} restarts without progress: the newest checkpoint is still that of step {step}; the job is held. "
-        "See why in the logs (time limit or checkpoint.every too short?), then: scontrol release, or scancel"
+        f"{MAX_RESTARTS} restarts without progress: the newest checkpoint is still that of step {step}, so the job is "
+        "held. See why in its logs (is the time limit shorter than checkpoint.every?), then scontrol release or scancel"
     )
 
 

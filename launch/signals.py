@@ -10,8 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 
-REQUEUE = 85
-"""Exit code of a run that was asked to stop, has saved a checkpoint and is to be started again."""
+from megagpt.training.supervision import REQUEUE
 
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 _SAME_SECONDS = 1.0  # launchers and process groups both pass a signal on: so it may come twice

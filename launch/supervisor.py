@@ -10,16 +10,13 @@ from typing import NoReturn
 
 from launch.environment import ProcessEnvironment
 from launch.liveness import Liveness, Loss, Reason
-from launch.signals import REQUEUE, StopSignals
-from launch.watchdog import HANG, Watchdog, exit_in_any_case
-from megagpt.training.supervision import Supervisor
+from launch.signals import StopSignals
+from launch.watchdog import Watchdog, exit_in_any_case
+from megagpt.training.supervision import HANG, LOST, Supervisor
 
 logger = logging.getLogger("megagpt.launch")
 
-__all__ = ["HANG", "LOST", "REQUEUE", "ProcessSupervisor"]
-
-LOST = 1
-"""Exit code of a rank that ends because another one is gone."""
+_CODES = {"hang": HANG, "lost": LOST, "failed": 1}
 
 _GRACE_SECONDS = 10.0  # for the main thread to come out of its collective by itself
 
@@ -62,7 +59,7 @@ class ProcessSupervisor(Supervisor):
         """End this process because of another one, without waiting for libraries that wait for that one."""
         if loss.reason == "hang":
             time.sleep(_GRACE_SECONDS)  # the thread that heard of it writes this rank's state and ends the process
-        self._exit(HANG if loss.reason == "hang" else LOST, str(loss))
+        self._exit(_CODES[loss.reason], str(loss))
 
     def _join(self) -> None:
         import torch.distributed as dist
@@ -86,7 +83,7 @@ class ProcessSupervisor(Supervisor):
                 self._watchdog.write_state(str(loss))
             self._exit(HANG, str(loss))
         if not self._ended.wait(_GRACE_SECONDS):
-            self._exit(LOST, str(loss))
+            self._exit(_CODES[loss.reason], str(loss))
 
     def _hangs(self, detail: str) -> None:
         self._liveness.leave("hang", detail)

@@ -10,10 +10,11 @@ import typer
 
 from launch.environment import ProcessEnvironment, discover, is_first_task, log_folder
 from launch.process import joined
-from launch.signals import REQUEUE, StopSignals
+from launch.signals import StopSignals
 from megagpt.config import load_config
 from megagpt.config.schema import RunConfig
 from megagpt.errors import AgreedError, UserError
+from megagpt.training.supervision import REQUEUE
 from tools.command import fail, run_command, single_command
 
 if TYPE_CHECKING:

@@ -13,8 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-HANG = 86
-"""Exit code of a run that made no progress."""
+from megagpt.training.supervision import HANG
 
 _CHECK_SECONDS = 1.0
 _GRACE_SECONDS = 20.0  # how much later faulthandler's timer is due than the thread

@@ -40,20 +40,20 @@ on_one() {
 
 train() {
     local logs code=0
-    logs=$(on_one python -m launch.job begin "$@") || give_up $?
+    logs=$(on_one python -m launch.job begin "$@") || { code=$?; [ $code != 87 ] || hold "its log"; exit $code; }
     ln -sfn "$(job_field StdOut)" "$logs/slurm.out"
     echo "job $SLURM_JOB_ID: $nodes x $tasks ranks on $SLURM_JOB_NODELIST; logs in $logs"
     on_all python -m launch.train "$@" || code=$?
     case $(on_one python -m launch.job end "$1" $code "${@:2}") in
         requeue) requeue requeue ;;
-        hold) requeue requeuehold ;;
+        hold) hold "$logs" ;;
     esac
     exit $code
 }
 
-give_up() {  # the exit code of launch.job begin; 87: three restarts without progress
-    if [ "$1" = 87 ]; then requeue requeuehold; fi
-    exit "$1"
+hold() {
+    scontrol update JobId="$SLURM_JOB_ID" Comment="held after 3 restarts without progress, see $1"
+    requeue requeuehold
 }
 
 requeue() {  # requeue or requeuehold; not if the job is being cancelled, which would bring it back to life

@@ -7,7 +7,7 @@ unless the run went back behind them. Jobs of slurm/ write down every start and 
     {"event": "end", "job": "123", "restart": 0, "time": 1.76e9, "code": 85, "decision": "requeue", "reason": "..."}
 
 with step: the newest checkpoint's, or 0; decision: done, requeue, stop or hold. A hang that nothing else tells of is
-known by the time of its logs/hang_rank_*.txt.
+known by the time of its hang_rank_*.txt.
 """
 
 from collections.abc import Iterable
@@ -19,12 +19,10 @@ from pydantic import BaseModel, ConfigDict
 
 from megagpt.errors import UserError
 from megagpt.training.history import Event, printable
+from megagpt.training.supervision import HANG, REQUEUE
 
 Ending = Literal["finished", "signal", "hang", "failure", "silent"]
 """silent: nothing was written before the next start; killed, or its node was lost."""
-
-REQUEUED, HUNG = 85, 86
-"""Exit codes of launch.train."""
 
 _SIGNALS = ("SIGTERM", "SIGUSR1")
 
@@ -120,9 +118,9 @@ def _take_line(attempts: list[Attempt], line: _JobLine) -> None:
 def _ending_of_code(line: _JobLine) -> Ending | None:
     if line.decision == "done" or line.code == 0:
         return "finished"
-    if line.code == HUNG:
+    if line.code == HANG:
         return "hang"
-    if line.code == REQUEUED:
+    if line.code == REQUEUE:
         return "signal"
     return "failure"
 
@@ -140,7 +138,7 @@ def _take_record(attempts: list[Attempt], event: Event) -> None:
 
 
 def _find_hangs(attempts: list[Attempt], logs: Path) -> None:
-    for file in logs.glob("hang_rank_*.txt"):
+    for file in (*logs.glob("hang_rank_*.txt"), *logs.glob("*/hang_rank_*.txt")):
         try:
             written, text = file.stat().st_mtime, file.read_text(encoding="utf-8", errors="replace")
         except OSError as error:

@@ -1,8 +1,12 @@
-"""What the training loop asks of, and tells, whoever watches over its process.
+"""What the training loop asks of, and tells, whoever watches over its process, and how that process ends.
 
 The library neither handles signals nor ends processes: launch/ does, through this interface. `Supervisor` itself
 watches over nothing, for notebooks and tests.
 """
+
+LOST, REQUEUE, HANG = 84, 85, 86
+"""Exit codes of a rank: another one's process was killed or its node died; asked to stop, and a checkpoint is saved;
+no progress. 0: all steps are done, 1: failed, 2: wrong usage or configuration."""
 
 
 class Supervisor:

@@ -21,12 +21,11 @@ from pathlib import Path
 import numpy as np
 import xxhash
 
-from launch.signals import REQUEUE
-from launch.watchdog import HANG
 from megagpt.config import save_config
 from megagpt.config.schema import RunConfig
 from megagpt.data.loader import TrainingData
 from megagpt.training.checkpoint import newest_checkpoint
+from megagpt.training.supervision import HANG, LOST, REQUEUE
 from tests.distributed.jobs import tiny_config, write_dataset
 from tests.distributed.launched import Job, manifest, records, start
 
@@ -94,7 +93,7 @@ class Soak:
                 f"attempt {number}: {ranks} ranks, ZeRO {stage}, from step {before}: {what}; exit codes {codes}; "
                 f"newest checkpoint {kept}"
             )
-            allowed = {0, 1, REQUEUE, HANG, -signal.SIGKILL}
+            allowed = {0, LOST, REQUEUE, HANG, -signal.SIGKILL}
             if not set(codes) <= allowed:
                 self.log(job.output())
                 raise SystemExit(f"unexpected exit codes {codes}")

@@ -12,13 +12,11 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from launch.signals import REQUEUE
-from launch.watchdog import HANG
 from megagpt.config import save_config
 from megagpt.training import saving
 from megagpt.training.checkpoint import complete_checkpoints, newest_checkpoint, verify_checksums
 from megagpt.training.run import train
-from megagpt.training.supervision import Supervisor
+from megagpt.training.supervision import HANG, LOST, REQUEUE, Supervisor
 from tests.distributed.jobs import losses, tiny_config, train_and_report
 from tests.distributed.launched import Job, manifest, records, start
 
@@ -168,7 +166,7 @@ def test_twenty_random_kills_of_one_rank_end_the_others_and_lose_nothing(config_
         began = time.monotonic()
         codes = job.wait(60)
         assert codes[victim] == -signal.SIGKILL
-        assert codes[1 - victim] == 1, job.output(1 - victim)
+        assert codes[1 - victim] == LOST, job.output(1 - victim)
         assert time.monotonic() - began < 30
         assert f"rank {victim} on" in job.output(1 - victim)
         assert "was lost" in job.output(1 - victim)
