@@ -43,7 +43,7 @@ train() {
     logs=$(on_one python -m launch.job begin "$@") || { code=$?; [ $code != 87 ] || hold "its log"; exit $code; }
     ln -sfn "$(job_field StdOut)" "$logs/slurm.out"
     echo "job $SLURM_JOB_ID: $nodes x $tasks ranks on $SLURM_JOB_NODELIST; logs in $logs"
-    on_all python -m launch.train "$@" || code=$?
+    on_all python -m launch.preflight "$@" --output "$logs/preflight.json" && on_all python -m launch.train "$@" || code=$?
     case $(on_one python -m launch.job end "$1" $code "${@:2}") in
         requeue) requeue requeue ;;
         hold) hold "$logs" ;;

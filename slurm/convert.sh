@@ -8,7 +8,6 @@
 # What your site needs (account, partition, modules, containers, network) goes into slurm/site.sh.
 #SBATCH --job-name=convert
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=8
 #SBATCH --time=04:00:00
 

@@ -11,7 +11,6 @@
 #SBATCH --job-name=train_small
 #SBATCH --nodes=2
 #SBATCH --gpus-per-node=1
-#SBATCH --ntasks-per-node=1
 #SBATCH --cpus-per-task=8
 #SBATCH --time=04:00:00
 #SBATCH --signal=USR1@180
