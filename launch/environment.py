@@ -238,14 +238,15 @@ def _slurm_addresses(environ: Mapping[str, str], nodelist: str) -> tuple[str, ..
 
 
 def _node_address(host: str) -> str:
-    if _resolves(host) or shutil.which("scontrol") is None:  # in a container, say
+    if resolves(host) or shutil.which("scontrol") is None:  # in a container, say
         return ""
     answer = subprocess.run(["scontrol", "show", "node", host], capture_output=True, text=True, check=False)
     found = re.search(r"\bNodeAddr=(\S+)", answer.stdout)
     return found[1] if found else ""
 
 
-def _resolves(host: str) -> bool:
+def resolves(host: str) -> bool:
+    """Whether this host knows an address for the name."""
     try:
         return bool(socket.getaddrinfo(host, None))
     except OSError:

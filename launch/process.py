@@ -5,17 +5,29 @@ import os
 import resource
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from launch.environment import ProcessEnvironment
 from launch.meeting import MEETING_SECONDS, shared_store
-from launch.roll_call import gloo_interface, granted_gpus, here, roll_call
+from launch.roll_call import Presence, gloo_interface, granted_gpus, here, roll_call
 from megagpt.config import check_precision
 from megagpt.config.schema import TrainConfig
 from megagpt.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
+    from torch.distributed import Store
+
+
+@dataclass(frozen=True)
+class Meeting:
+    """All ranks have met: this one's place as it turned out, its device, the store of all, who they are."""
+
+    place: ProcessEnvironment
+    device: "torch.device"
+    store: "Store"
+    everybody: list[Presence]
 
 
 @contextmanager
@@ -27,11 +39,30 @@ def joined(
     timeout: seconds to wait for the other ranks. Raises AgreedError on all ranks for what one of them cannot do or what
     does not fit together. torch and DeepSpeed are imported here, after the variables that they read at import are set.
     """
+    if train.deterministic:
+        _be_deterministic()
+    meeting = meet(place, train, timeout)
+    place, device = meeting.place, meeting.device
+    import torch.distributed as dist
+
+    from megagpt.training.engine import init_process_group
+
+    _send_to_log("DeepSpeed")
+    init_process_group(device.type, meeting.store, place.rank, place.world_size)
+    try:
+        yield place, device
+    finally:
+        dist.destroy_process_group()
+
+
+def meet(place: ProcessEnvironment, train: TrainConfig, timeout: float = MEETING_SECONDS) -> Meeting:
+    """Wait for all ranks and judge the roll call; sets the variables that torch and DeepSpeed read at import.
+
+    timeout and errors as for `joined`, which goes on from here.
+    """
     _allow_many_connections()
     # torch's C++ warns of every host whose address has no name, which is no trouble; its errors stay.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    if train.deterministic:
-        _be_deterministic()
     device, problem = None, None
     try:
         device = _choose_device(place, train.device, train.precision)
@@ -46,16 +77,7 @@ def joined(
         os.environ["LOCAL_RANK"] = str(device.index)  # DeepSpeed takes it for the device's number
     if interface := gloo_interface(place, everybody):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    import torch.distributed as dist
-
-    from megagpt.training.engine import init_process_group
-
-    _send_to_log("DeepSpeed")
-    init_process_group(device.type, store, place.rank, place.world_size)
-    try:
-        yield place, device
-    finally:
-        dist.destroy_process_group()
+    return Meeting(place, device, store, everybody)
 
 
 def _allow_many_connections() -> None:

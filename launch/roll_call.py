@@ -109,12 +109,17 @@ def missing(present: Sequence[Presence], world_size: int, environ: Mapping[str, 
         return ""
     nodelist = environ.get("SLURM_STEP_NODELIST") or environ.get("SLURM_JOB_NODELIST") or ""
     hosts = [host for host in expand_hosts(nodelist) if host not in {one.host for one in present}]
-    where = f" of {', '.join(hosts)} (--exclude={','.join(hosts)} leaves {'it' if len(hosts) == 1 else 'them'} out)"
+    where = f" of {', '.join(hosts)} ({exclusion(hosts)})"
     some = ", ".join(map(str, ranks[:8])) + (", ..." if len(ranks) > 8 else "")
     return (
         f"{len(ranks)} of {world_size} ranks did not come within {timeout:.0f} s: rank{'s' * (len(ranks) > 1)} {some}"
         + (where if hosts else "")
     )
+
+
+def exclusion(hosts: Sequence[str]) -> str:
+    """What to give sbatch so that Slurm takes other nodes."""
+    return f"--exclude={','.join(hosts)} leaves {'it' if len(hosts) == 1 else 'them'} out"
 
 
 def contradiction(everybody: Sequence[Presence]) -> tuple[str, int] | None:
@@ -125,7 +130,9 @@ def contradiction(everybody: Sequence[Presence]) -> tuple[str, int] | None:
             return first.problem, first.exit_code
         others = len(troubled) - 1
         count = f" (and on {others} more of {len(everybody)} ranks)" if others else ""
-        return f"[rank {first.rank} on {first.host}] {first.problem}{count}", first.exit_code
+        bad = list(dict.fromkeys(one.host for one in troubled))
+        advice = f" ({exclusion(bad)})" if len(bad) < len({one.host for one in everybody}) else ""
+        return f"[rank {first.rank} on {first.host}] {first.problem}{count}{advice}", first.exit_code
     kinds = Counter("cpu" if one.device == "cpu" else "cuda" for one in everybody)
     if len(kinds) > 1:
         rare = [one for one in everybody if (one.device == "cpu") == (kinds["cpu"] <= kinds["cuda"])]
