@@ -52,7 +52,7 @@ _CAUSES: dict[Ending, str] = {
 
 
 def main(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs (train.run_dir).")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Folders of runs (train.run_dir).")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a run and line.")] = False,
     watch: Annotated[
         float | None, typer.Option(min=1, metavar="SECONDS", help="Again and again, so often, until interrupted.")

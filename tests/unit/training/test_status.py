@@ -324,15 +324,26 @@ def test_every_restart_has_its_cause_whoever_wrote_it_down(run):
     run.write_job("8", event="start", restart=1, step=200, nodes="node1")  # failed before; and itself before training
     run.end_job("8", 1, "stop", "the data are missing", restart=1)
     run.wait(60)
-    run.start()
+    run.start(job="9")
+    run.train(to=230)
+    run.step = 200
+    run.wait(60)
+    run.start()  # by hand, when the job was killed
     run.write(200)
-    restarts = status_of(run).restarts
-    assert [restart.cause for restart in restarts] == ["signal", "silent", "hang", "failure", "failure"]
-    assert [restart.job for restart in restarts] == ["7", "7", "8", "8", None]
-    assert [restart.step for restart in restarts] == [100, 100, 200, 200, 200]
-    assert restarts[2].reason == "no progress for 1800 s"
-    assert status_of(run).cause_counts == {"failure": 2, "signal": 1, "silent": 1, "hang": 1}
-    assert status_of(run).job_id == "8"
+    status = status_of(run)
+    assert [restart.cause for restart in status.restarts] == [
+        "signal",
+        "silent",
+        "hang",
+        "failure",
+        "failure",
+        "silent",
+    ]
+    assert [restart.job for restart in status.restarts] == ["7", "7", "8", "8", "9", None]
+    assert [restart.step for restart in status.restarts] == [100, 100, 200, 200, 200, 200]
+    assert status.restarts[2].reason == "no progress for 1800 s"
+    assert status.cause_counts == {"failure": 2, "signal": 1, "silent": 2, "hang": 1}
+    assert status.job_id == "9"
 
 
 def test_a_hang_by_hand_is_known_by_the_file_that_it_left(run):
@@ -364,7 +375,7 @@ def test_lines_that_are_just_being_written_change_nothing(run):
     for file in (run.folder / "metrics.jsonl", run.folder / "logs" / "123" / "restarts.jsonl"):
         whole = file.read_bytes()
         last = whole.splitlines(keepends=True)[-1]
-        for length in (1, len(last) // 2, len(last) - 1):
+        for length in (1, len(last) // 2, len(last) - 2):
             file.write_bytes(whole + last[:length])
             assert status_of(run, RUNNING) == before
         file.write_bytes(whole)
