@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict
 
 from megagpt.errors import UserError
 from megagpt.training.history import Event, printable
-from megagpt.training.supervision import HANG, REQUEUE
+from megagpt.training.supervision import HANG, LOST, REQUEUE
 
 Ending = Literal["finished", "signal", "hang", "failure", "silent"]
 """silent: nothing was written before the next start; killed, or its node was lost."""
@@ -120,7 +120,9 @@ def _ending_of_code(line: _JobLine) -> Ending | None:
         return "finished"
     if line.code == HANG:
         return "hang"
-    if line.code == REQUEUE:
+    if line.code == LOST:
+        return "silent"
+    if line.code == REQUEUE or (line.decision == "requeue" and (line.code or 0) > 128):  # a signal, unheard
         return "signal"
     return "failure"
 
