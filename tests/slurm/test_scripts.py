@@ -1,0 +1,58 @@
+"""The other scripts: what they make on a cluster is what the commands make on one machine."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster
+from tests.slurm.conftest import ROOT, SCRIPTS
+from tests.slurm.runs import CPUS, Run
+from tests.unit.corpus.test_pipeline import contents
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+@pytest.fixture(scope="module")
+def trained(cluster: Cluster, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run of a few steps, by train.sh with any configuration."""
+    run = Run(cluster, dataset, tmp_path_factory.mktemp("trained") / "run")
+    settings = run.settings | {"train.steps": 20}
+    overrides = [f"{name}={value}" for name, value in settings.items()]
+    options = [*CPUS, "--nodes=1", "--ntasks-per-node=2", f"--output={run.run_dir}.out"]
+    job = cluster.sbatch(SCRIPTS / "train.sh", "configs/small.yaml", *overrides, options=options, cwd=ROOT)
+    cluster.wait(job, "COMPLETED", timeout=120)
+    assert run.records("start")[0]["world_size"] == 2
+    return run
+
+
+def test_preprocessing_on_three_nodes_makes_the_bytes_of_one_process(dataset: Path, texts: Path, tmp_path: Path):
+    arguments = ["--config", texts / "config.yaml", "--input", texts / "*.jsonl", "--output", tmp_path / "alone"]
+    command = [sys.executable, "-m", "tools.preprocess", *map(str, arguments), "--tokenizer", "bytes", "--workers", "1"]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=120)
+    assert contents(dataset) == contents(tmp_path / "alone")
+
+
+def test_preprocessing_without_a_common_mpi_is_refused_not_done_three_times(
+    cluster: Cluster, texts: Path, tmp_path: Path
+):
+    arguments = ["--input", texts / "*.jsonl", "--output", tmp_path / "out", "--tokenizer", "bytes"]
+    options = ["--nodes=3", "--ntasks-per-node=1", f"--output={tmp_path}/job.out"]
+    job = cluster.sbatch(SCRIPTS / "preprocess.sh", *arguments, options=options, cwd=ROOT, env={"MPI": "none"})
+    assert cluster.wait(job, "FAILED", timeout=60).exit_code != 0
+    assert cluster.output(job).startswith("error: --executor mpi: the launcher started 3 processes, but MPI sees only")
+    assert not (tmp_path / "out").exists()
+
+
+def test_generate_samples_from_a_run(trained: Run, cluster: Cluster, tmp_path: Path):
+    arguments = [trained.run_dir, "--prompt", "the", "--max-new-tokens", "20", "--seed", "3"]
+    job = cluster.sbatch(
+        SCRIPTS / "generate.sh", *arguments, options=[*CPUS, f"--output={tmp_path}/job.out"], cwd=ROOT / "slurm"
+    )
+    cluster.wait(job, "COMPLETED", timeout=90)
+    alone = subprocess.run(
+        [sys.executable, "-m", "tools.generate", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert alone.stdout.strip()
+    assert alone.stdout.strip() in cluster.output(job)
