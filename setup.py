@@ -13,7 +13,12 @@ setup(
     description="Train GPT-style language models from raw text, on one laptop or on thousands of GPUs",
     license="Apache-2.0",
     packages=find_packages(include=["megagpt", "megagpt.*"]),
-    package_data={"megagpt": ["py.typed"], "megagpt.corpus": ["*.j2"], "megagpt.training": ["*.j2"]},
+    package_data={
+        "megagpt": ["py.typed"],
+        "megagpt.corpus": ["*.j2"],
+        "megagpt.scaling": ["*.j2"],
+        "megagpt.training": ["*.j2"],
+    },
     python_requires=">=3.10,<3.14",
     install_requires=[
         "torch>=2.6",

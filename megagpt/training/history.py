@@ -21,7 +21,7 @@ Floats = npt.NDArray[np.float64]
 TRAIN_FIELDS = (
     *("step", "tokens", "loss", "lr", "grad_norm", "step_seconds", "data_seconds", "forward_backward_seconds"),
     *("optimizer_seconds", "checkpoint_seconds", "evaluation_seconds", "tokens_per_second"),
-    *("tokens_per_second_per_rank", "mfu", "skipped_steps", "goodput"),
+    *("tokens_per_second_per_rank", "mfu", "skipped_steps", "goodput", "peak_memory_bytes", "straggler_ratio"),
 )
 VALIDATION_FIELDS = ("step", "loss", "perplexity", "bits_per_byte", "seconds")
 CHECKPOINT_FIELDS = ("step", "seconds", "stall_seconds", "bytes")
@@ -131,6 +131,8 @@ class History:
     """Time of the first record that has one, in seconds since 1970; None: none has, as in older files."""
     last_time: float | None = None
     """Time of the last record."""
+    device: str | None = None
+    """What a rank of the last start computed on; None: not recorded."""
 
     @property
     def starts(self) -> list[Event]:
@@ -291,6 +293,7 @@ class _Reader:
             for columns in _all_columns(history):
                 columns.restart(step)
             ranks = _number(self.path, line, record, "world_size")
+            history.device = printable(str(record["device"])) if record.get("device") else None
         if kind != "event":
             self._is_running = kind == "start"
         name = printable(str(record.get("event", kind))) if kind == "event" else kind

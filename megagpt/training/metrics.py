@@ -1,7 +1,8 @@
 """metrics.jsonl, the truth of a run, and its mirrors: console, Weights & Biases, TensorBoard.
 
 One JSON object a line. Every one has `kind`, `step` (optimizer steps done) and `time` (seconds since 1970):
-  start       world_size, zero_stage, precision, micro_batch_size, continues_from (name of the checkpoint, or null)
+  start       world_size, device (of a rank), zero_stage, precision, micro_batch_size, continues_from (name of the
+              checkpoint, or null)
   train       tokens, batch_size (sequences), loss, lr, grad_norm, step_seconds, data_seconds, forward_backward_seconds,
               optimizer_seconds, checkpoint_seconds, evaluation_seconds, tokens_per_second, tokens_per_second_per_rank,
               mfu, skipped_steps, peak_memory_bytes, goodput, straggler_ratio, slowest_rank, epochs (by dataset),

@@ -134,6 +134,7 @@ class _Run:
             "kind": "start",
             "step": step,
             "world_size": self.world_size,
+            "device": _device_name(self.engine.device),
             "zero_stage": self.engine.zero_stage,
             "precision": self.config.train.precision,
             "micro_batch_size": self.engine.micro_batch_size,
@@ -280,9 +281,6 @@ def _print_plan(
 ) -> None:
     """What is about to happen, before the first slow thing does."""
     cut, model, batches = config.train, config.model, config.train.batches
-    device_name = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU with {torch.get_num_threads()} thread(s)"
-    )
     anew = f"starts from the weights of {cut.init_from}" if cut.init_from else "starts anew"
     start = f"continues from {resumption.checkpoint.name}" if resumption else anew
     available = sum(dataset.num_tokens for dataset in data.datasets)
@@ -295,11 +293,18 @@ def _print_plan(
         f"data     {available:,} tokens; the whole run reads {length.tokens:,}, {epochs} epochs",
         f"batch    {cut.global_batch_size} sequences of {config.seq_len} tokens = {micro_batch_size} a micro-batch "
         f"x {accumulation_steps} accumulated x {dist.get_world_size()} ranks{ramp}",
-        f"machine  {device_name} a rank, {cut.precision}, ZeRO stage {config.parallel.zero_stage}",
+        f"machine  {_device_name(device)} a rank, {cut.precision}, ZeRO stage {config.parallel.zero_stage}",
         *(f"changed  {change}" for change in (resumption.changes if resumption else [])),
     ]
     for line in lines:
         console.print(line)
+
+
+def _device_name(device: torch.device) -> str:
+    """What one rank computes on, for people."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU with {torch.get_num_threads()} thread(s)"
 
 
 def _last_sample(config: RunConfig, length: Horizon, resumption: Resumption | None) -> int:

@@ -1,0 +1,298 @@
+"""The report of a scaling study: one page that needs nothing else, study.html, its pictures as PNG files, results.json.
+
+Everything is read from the study's folder (megagpt.scaling.experiments); runs that failed or are missing are listed
+with what is known of them, and the others count. A study may still be going on.
+"""
+
+import base64
+import importlib.metadata
+import importlib.resources
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from megagpt.data.atomic import replace_file
+from megagpt.errors import UserError
+from megagpt.scaling.experiments import LAUNCHERS, StudyFolder
+from megagpt.scaling.fits import Fit, fit_curve
+from megagpt.scaling.measurements import Curve, Interval, Point, Results, measure
+from megagpt.scaling.pictures import PICTURES, Drawn
+from megagpt.training.history import printable
+from megagpt.training.plots import compact
+
+UNKNOWN = "–"
+
+_FURTHEST = 8
+"""Ranks are extrapolated to this many times the largest measured number, unless the study says otherwise."""
+
+
+@dataclass(frozen=True)
+class Reported:
+    """What the report found."""
+
+    results: Results
+    fits: dict[str, Fit]
+    extrapolated: dict[str, list[int]]
+    page: Path
+
+    def lines(self) -> list[str]:
+        """A line a point and a line a problem, for a terminal."""
+        found = []
+        for curve in self.results.curves:
+            for point in curve.points:
+                seconds = with_interval(point.step_seconds.interval, digits)
+                rate, efficiency = (
+                    compact(point.tokens_per_second.value),
+                    with_interval(curve.efficiency(point), percent),
+                )
+                ranks = f"{point.ranks} rank{'s' * (point.ranks > 1)}"
+                found.append(f"{curve.name}, {ranks}: {seconds} s/step, {rate} tokens/s, efficiency {efficiency}")
+        titles = {entry.name: entry.title for entry in self.results.folder.entries}
+        return found + [f"{titles[name]}: {why}" for name, why in self.results.problems.items()]
+
+
+def write_report(folder: StudyFolder) -> Reported:
+    """Write study.html, results.json and a PNG file a picture into FOLDER/report.
+
+    Pictures of an earlier report go. Raises UserError for damaged metrics or an output that cannot be written.
+    """
+    results, output = measure(folder), folder.path / "report"
+    fits = {curve.name: fit for curve in results.curves if (fit := fit_curve(folder.stored.kind, curve))}
+    extrapolated = {curve.name: _further_ranks(folder, curve) for curve in results.curves}
+    drawn = Drawn(folder.stored.kind, results.curves, fits, extrapolated)
+    pictures = [(picture, content) for picture in PICTURES if (content := picture.render(drawn)) is not None]
+    reported = Reported(results, fits, extrapolated, output / "study.html")
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for picture in PICTURES:
+            (output / f"{picture.name}.png").unlink(missing_ok=True)
+        for picture, content in pictures:
+            (output / f"{picture.name}.png").write_bytes(content)
+        replace_file(output / "results.json", (json.dumps(_as_json(reported), indent=1) + "\n").encode())
+        replace_file(reported.page, _to_html(reported, pictures).encode())
+    except OSError as error:
+        raise UserError(f"{output}: cannot be written: {error.strerror}") from error
+    return reported
+
+
+def with_interval(interval: Interval, text: Callable[[float], str]) -> str:
+    """A value and its interval: "0.213 (0.209 to 0.217)"."""
+    if interval.low == interval.high:
+        return text(interval.value)
+    return f"{text(interval.value)} ({text(interval.low)} to {text(interval.high)})"
+
+
+def digits(value: float) -> str:
+    """A number in three digits or so."""
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def percent(share: float) -> str:
+    """A share of 1 in percent."""
+    return f"{100 * share:.3g} %"
+
+
+def _further_ranks(folder: StudyFolder, curve: Curve) -> list[int]:
+    """The numbers of ranks to predict: of a strong study only what can share its batch."""
+    study, last = folder.stored.study, curve.points[-1]
+    ranks = list(study.extrapolate_to)
+    if not ranks:
+        multiple = 2
+        while multiple <= _FURTHEST:
+            ranks.append(last.ranks * multiple)
+            multiple *= 2
+    if folder.stored.kind == "strong":
+        micro = last.runs[0].entry.stored.run_config().train.micro_batch_size or 1
+        ranks = [count for count in ranks if last.batch % (count * micro) == 0]
+    return [count for count in sorted(set(ranks)) if count > last.ranks]
+
+
+def _rule(folder: StudyFolder, curves: list[Curve]) -> list[str]:
+    """What is held and what grows, in sentences."""
+    stored = folder.stored
+    study = stored.study
+    if stored.kind == "strong":
+        lines = ["Strong scaling: the global batch is the same on every number of ranks, so a rank's share shrinks."]
+    else:
+        learning_rate = {
+            "none": "The learning rate is the same for every batch (lr_scaling: none), so losses cannot be compared.",
+            "sqrt": "The learning rate grows with the square root of the batch (lr_scaling: sqrt).",
+            "linear": "The learning rate grows in proportion to the batch (lr_scaling: linear).",
+        }[study.lr_scaling]
+        lines = ["Weak scaling: a rank's sequences are the same on every number of ranks, the global batch grows."]
+        lines.append(learning_rate)
+    lines.append("Ideal is that a rank reads as many tokens/s as on the smallest number of ranks that was measured.")
+    lines.append(f"Each run: {study.steps} steps, the first {study.discard_steps} after every start not counted.")
+    lines.append(
+        f"{study.repeats} runs a point; intervals are 95 %, of the mean of runs (Student's t)."
+        if study.repeats > 1
+        else "One run a point; intervals are 95 %, of the mean of batches of its steps (Student's t), and do not hold "
+        "what differs from run to run."
+    )
+    devices = sorted({run.device for curve in curves for point in curve.points for run in point.runs if run.device})
+    lines.append(f"Runs were started {LAUNCHERS[stored.launcher]}{f', on {_join(devices)}' if devices else ''}.")
+    if shared := sorted({point.ranks for curve in curves for point in curve.points if point.shared_cores}):
+        lines.append(f"On {_join(list(map(str, shared)))} ranks there were fewer CPU cores than ranks: hollow in the "
+                     "pictures, and left out of the fits.")  # fmt: skip
+    return lines
+
+
+def _join(words: list[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
+
+
+def _point_row(curve: Curve, point: Point, kind: str) -> list[str]:
+    memory, straggler, mfu = (point.mean(name) for name in ("peak_memory_bytes", "straggler_ratio", "mfu"))
+    serial = curve.serial_share(point) if kind == "strong" else None
+    runs = f" ({len(point.runs)} runs)" if len(point.runs) > 1 else ""
+    return [
+        f"{point.ranks:,}{'*' if point.shared_cores else ''}",
+        f"{point.nodes:,}",
+        f"{point.batch:,}",
+        with_interval(point.step_seconds.interval, digits) + runs,
+        digits(point.mean("median_seconds") or 0.0),
+        with_interval(point.tokens_per_second, compact),
+        f"{curve.speedup(point):.2f}",
+        with_interval(curve.efficiency(point), percent),
+        UNKNOWN if serial is None else percent(serial),
+        UNKNOWN if mfu is None else percent(mfu),
+        UNKNOWN if memory is None else f"{memory / 2**30:.2f}",
+        UNKNOWN if straggler is None else f"{straggler:.2f}",
+    ]
+
+
+COLUMNS = (
+    ("Ranks", ""),
+    ("Nodes", ""),
+    ("Batch", "sequences"),
+    ("Time of a step", "s, mean"),
+    ("", "s, median"),
+    ("Throughput", "tokens/s"),
+    ("Speed-up", "of the first row"),
+    ("Efficiency", "of ideal"),
+    ("Serial share", "Karp-Flatt"),
+    ("MFU", ""),
+    ("Memory", "GiB, rank 0, peak"),
+    ("Slowest rank", "own time over the median rank's"),
+)
+
+
+def _fit_texts(fit: Fit, points: int) -> list[str]:
+    lines = []
+    if fit.amdahl:
+        share = fit.amdahl.serial_share
+        limit = f"at most {digits(1 / share.value)} times as fast as one rank" if share.value > 0 else "no limit"
+        lines.append(f"Amdahl's law alone: serial share {with_interval(share, percent)}, {limit}"
+                     f"{_misfit_text(fit.amdahl.misfit)}.")  # fmt: skip
+    for form in fit.forms:
+        terms = ", ".join(f"{term}: {with_interval(value, digits)} s" for term, value in form.coefficients.items())
+        lines.append(f"T(R) = {' + '.join(form.terms)} (weight {percent(form.weight)}): {terms}.")
+    if points > 2:
+        lines.append(
+            f"The better of them{_misfit_text(fit.misfit) or ': as many coefficients as points, so nothing tests it'}."
+        )
+    else:
+        lines.append("Two numbers of ranks cannot test a law: measure three or more.")
+    return lines
+
+
+def _misfit_text(misfit: float | None) -> str:
+    if misfit is None:
+        return ""
+    verdict = "it describes the points" if misfit < 2 else "it does not describe the points"
+    return f": misses the points by {misfit:.2g} times their standard errors, so {verdict}"
+
+
+def _prediction_rows(fit: Fit, curve: Curve, ranks: list[int], kind: str) -> list[list[str]]:
+    rows = []
+    last = curve.points[-1]
+    for count, seconds, efficiency in zip(ranks, fit.seconds(ranks), fit.efficiency(ranks), strict=True):
+        tokens = last.tokens if kind == "strong" else last.tokens * count / last.ranks
+        rate = Interval(tokens / seconds.value, tokens / seconds.high, tokens / seconds.low)
+        rows.append([f"{count:,}", with_interval(seconds, digits), with_interval(rate, compact),
+                     with_interval(efficiency, percent)])  # fmt: skip
+    return rows
+
+
+def _to_html(reported: Reported, pictures: list[tuple[Any, bytes]]) -> str:
+    results, stored = reported.results, reported.results.folder.stored
+    source = importlib.resources.files(__package__).joinpath("study.html.j2").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["base64"] = lambda content: base64.b64encode(content).decode("ascii")
+    attempts = [
+        (entry, attempt) for entry in results.folder.entries for attempt in entry.stored.attempts
+        if attempt.state == "failed"
+    ]  # fmt: skip
+    return environment.from_string(source).render(
+        title=f"{Path(stored.source).stem}: {stored.kind} scaling",
+        source=printable(stored.source),
+        rule=_rule(results.folder, results.curves),
+        columns=COLUMNS,
+        curves=[
+            (curve.name, [_point_row(curve, point, stored.kind) for point in curve.points]) for curve in results.curves
+        ],
+        fits=[
+            (
+                curve.name,
+                _fit_texts(fit, sum(not point.shared_cores for point in curve.points)),
+                _prediction_rows(fit, curve, reported.extrapolated[curve.name], stored.kind),
+            )
+            for curve in results.curves
+            if (fit := reported.fits.get(curve.name))
+        ],
+        pictures=pictures,
+        problems=[(entry.title, results.problems[entry.name], entry.name) for entry in results.folder.entries
+                  if entry.name in results.problems],
+        failures=[
+            (entry.title, attempt.number, UNKNOWN if attempt.exit_code is None else attempt.exit_code,
+             printable(attempt.error or UNKNOWN), printable(str(entry.log(attempt))))
+            for entry, attempt in attempts
+        ],
+        study=json.dumps(stored.study.model_dump(mode="json"), indent=1),
+        versions=stored.versions,
+    )  # fmt: skip
+
+
+def _as_json(reported: Reported) -> dict[str, Any]:
+    results, stored = reported.results, reported.results.folder.stored
+    curves = []
+    for curve in results.curves:
+        fit, ranks = reported.fits.get(curve.name), reported.extrapolated[curve.name]
+        curves.append({
+            "name": curve.name,
+            "points": [
+                {
+                    "ranks": point.ranks, "nodes": point.nodes, "batch": point.batch, "lr": point.lr,
+                    "step_seconds": asdict(point.step_seconds.interval),
+                    "tokens_per_second": asdict(point.tokens_per_second),
+                    "efficiency": asdict(curve.efficiency(point)),
+                    "parts": point.parts,
+                    "mfu": point.mean("mfu"), "peak_memory_bytes": point.mean("peak_memory_bytes"),
+                    "straggler_ratio": point.mean("straggler_ratio"), "shared_cores": point.shared_cores,
+                    "runs": [run.entry.name for run in point.runs],
+                }
+                for point in curve.points
+            ],
+            "fit": None if fit is None else {
+                "amdahl": asdict(fit.amdahl) if fit.amdahl else None,
+                "forms": [asdict(form) for form in fit.forms],
+                "misfit": fit.misfit,
+                "predicted": [
+                    {"ranks": count, "step_seconds": asdict(seconds), "efficiency": asdict(efficiency)}
+                    for count, seconds, efficiency in zip(ranks, fit.seconds(ranks), fit.efficiency(ranks), strict=True)
+                ],
+            },
+        })  # fmt: skip
+    return {"kind": stored.kind, "source": stored.source, "curves": curves, "problems": results.problems,
+            "versions": stored.versions}  # fmt: skip
+
+
+def versions() -> dict[str, str]:
+    """Of what decides how fast a run is."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "deepspeed")}

@@ -1,0 +1,144 @@
+"""python -m tools.scaling: how a run scales over ranks and nodes, measured, fitted and extrapolated."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from megagpt.errors import UsageError
+from megagpt.scaling.experiments import StoredStudy, StudyFolder, is_locked, locked
+from megagpt.scaling.report import versions, write_report
+from megagpt.scaling.slurm import Slurm
+from megagpt.scaling.study import Kind, load_study, plan
+from tools.command import run_command
+
+PROGRAM = "python -m tools.scaling"
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
+
+StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="A study, a YAML file: configs/scaling/cpu.yaml")]
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[key=value]... [-- OPTIONS]", help="Changes to the study; after --: options of sbatch."),
+]
+Output = Annotated[Path, typer.Option(help="Folder of the study; what is in it already is not run again.")]
+UseSlurm = Annotated[bool, typer.Option("--slurm", help="Submit one job a run, and one that reports after all.")]
+CheckOnly = Annotated[bool, typer.Option("--check", help="Say what would run, and stop.")]
+
+
+@app.callback()
+def main() -> None:
+    """Measure how training scales with the number of ranks, and report it.
+
+    Example: python -m tools.scaling strong configs/scaling/cpu.yaml --output runs/scaling/cpu
+    """
+
+
+@app.command()
+def strong(
+    study: StudyFile, output: Output, words: Words = None, slurm: UseSlurm = False, check: CheckOnly = False
+) -> None:
+    """The same global batch on every number of ranks.
+
+    A study that was stopped goes on with the same command; runs that failed are tried again.
+
+    Example: python -m tools.scaling strong configs/scaling/cpu.yaml --output runs/scaling/strong ranks=[1,2]
+    """
+    _run("strong", study, output, words or [], slurm, check)
+
+
+@app.command()
+def weak(
+    study: StudyFile, output: Output, words: Words = None, slurm: UseSlurm = False, check: CheckOnly = False
+) -> None:
+    """The same number of sequences for each rank, so a global batch that grows with the ranks.
+
+    A study that was stopped goes on with the same command; runs that failed are tried again.
+
+    Example: python -m tools.scaling weak configs/scaling/cpu.yaml --output runs/scaling/weak lr_scaling=sqrt
+    """
+    _run("weak", study, output, words or [], slurm, check)
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The --output of a study.")]) -> None:
+    """Draw what a study has measured so far: FOLDER/report/study.html, PNG files, results.json.
+
+    Example: python -m tools.scaling report runs/scaling/strong
+    """
+    study = StudyFolder.open(folder)
+    if study.stored.launcher == "slurm":
+        Slurm(_environment()).settle(study)
+    elif not is_locked(folder):
+        from megagpt.scaling.local import settle
+
+        settle(study)
+    _report(study)
+
+
+def _run(kind: Kind, file: Path, output: Path, words: list[str], use_slurm: bool, check: bool) -> None:
+    overrides, options = _split(words)
+    if options and not use_slurm:
+        raise UsageError(f"{options[0]}: options of sbatch need --slurm")
+    study = load_study(file, overrides)
+    entries = plan(study, kind)
+    slurm = Slurm(_environment(), options)
+    if use_slurm:
+        slurm.check()
+    else:
+        from megagpt.scaling.local import check_machine, run_all, settle
+
+        check_machine(study, entries)
+    if check:
+        for entry in entries:
+            train = entry.config.train
+            print(f"{entry.name}: {entry.nodes} nodes, {entry.ranks} ranks, global batch {train.global_batch_size}, "
+                  f"lr {entry.config.optimizer.lr:.3g}")  # fmt: skip
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    launcher = "slurm" if use_slurm else "torchrun"
+    stored = StoredStudy(
+        kind=kind, launcher=launcher, source=str(file), versions=versions(), study=study,
+        entries=[entry.name for entry in entries],
+    )  # fmt: skip
+    with locked(output):
+        folder = StudyFolder.create(output, stored, entries)
+        if use_slurm:
+            slurm.settle(folder)
+            slurm.submit_all(folder, _say)
+            return
+        settle(folder)
+        run_all(folder, _say)
+    _report(folder)
+
+
+def _report(folder: StudyFolder) -> None:
+    reported = write_report(folder)
+    for line in [*reported.lines(), str(reported.page)]:
+        _say(line)
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def _split(words: list[str]) -> tuple[list[str], list[str]]:
+    """Changes to the study, and options of sbatch: what begins with a dash, which only `--` lets through."""
+    options = [word for word in words if word.startswith("-")]
+    return [word for word in words if not word.startswith("-")], options
+
+
+def _environment() -> dict[str, str]:
+    """Without the variables of a Slurm job that this process is part of, which its own jobs would take for theirs."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name == "SLURM_CONF" or not name.startswith(("SLURM_", "SBATCH_", "SRUN_"))
+    }
+
+
+if __name__ == "__main__":
+    run_command(app, PROGRAM)
