@@ -1,5 +1,6 @@
 """A cluster for all tests of this folder: four nodes, each a network and host name of its own."""
 
+import hashlib
 import os
 import random
 from collections.abc import Iterator
@@ -18,8 +19,9 @@ SCRIPTS = ROOT / "slurm"
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     if reason := missing():
         pytest.skip(reason)
-    # Slurm's spool folders hold sockets, whose paths must be short.
-    with Cluster(Path(f"/tmp/megagpt-test-{os.getpid()}"), cpus=8) as cluster:
+    # Slurm's spool folders hold sockets, whose paths must be short; a name that stays lets the next start clean up.
+    name = hashlib.sha256(os.fsencode(ROOT)).hexdigest()[:8]
+    with Cluster(Path(f"/tmp/megagpt-test-{name}"), cpus=8) as cluster:
         yield cluster
 
 
