@@ -26,7 +26,7 @@ from megagpt.model.gpt import GPT
 from megagpt.model.init import Gather
 from megagpt.training.checkpoint import SHARDS, find_checkpoint, read_manifest, verify_checksums
 from megagpt.training.export import model_of, read_export
-from megagpt.training.weights import Weights, open_weights
+from megagpt.training.weights import Weights, check_weights, open_weights
 
 InitialWeights = Callable[[str], Tensor]
 """The fp32 value of the parameter of this name, on the CPU."""
@@ -62,14 +62,7 @@ def open_initial_weights(
         texts = ", ".join(f"model.{key} is {there} there and {here} here" for key, (there, here) in different.items())
         raise UsageError(f"{where}: is of another model: {texts}; set the section model as it is there")
     _check_tokenizer(source.tokenizer, tokenizer, where)
-    with torch.device("meta"):
-        expected = {name: tuple(parameter.shape) for name, parameter in GPT(model).named_parameters()}
-    for name in sorted(expected.keys() ^ source.weights.keys()):
-        state = "has no" if name in expected else "has an unknown"
-        raise UserError(f"{where}: {state} weight {name}; it is damaged, or of another program or version")
-    for name, shape in expected.items():
-        if (found := source.weights[name].shape) != shape:
-            raise UserError(f"{where}: weight {name} has shape {found} instead of {shape}; it is damaged")
+    check_weights(source.weights, model, where)
     return lambda name: source.weights[name].read().float()
 
 

@@ -13,6 +13,9 @@ from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
+from megagpt.config.schema import ModelConfig
+from megagpt.errors import UserError
+from megagpt.model.gpt import GPT
 from megagpt.training.shards import Shards, load_file
 
 MAPPED_BYTES = 1 << 26
@@ -39,15 +42,18 @@ Weights = Mapping[str, Weight]
 
 
 class Mapped(Generic[OpenedT]):
-    """Something memory-mapped that is opened anew after MAPPED_BYTES were read of it, so as not to grow."""
+    """Something memory-mapped that is opened anew after MAPPED_BYTES were read of it, so as not to grow.
 
-    def __init__(self, open_: Callable[[], OpenedT]) -> None:
-        self._open, self._left = open_, 0
+    reopens: False for what is held in memory, whole.
+    """
+
+    def __init__(self, open_: Callable[[], OpenedT], reopens: bool = True) -> None:
+        self._open, self._reopens, self._left = open_, reopens, 0
         self._opened: OpenedT | None = None
 
     def before_reading(self, nbytes: int) -> OpenedT:
         """What was opened; the caller is about to read so much of it, and must keep no reference to it."""
-        if self._opened is None or self._left < 0:
+        if self._opened is None or (self._reopens and self._left < 0):
             self._opened = None  # lets go of it first
             self._opened, self._left = self._open(), MAPPED_BYTES
         self._left -= nbytes
@@ -78,6 +84,18 @@ def open_weights(shards: Path, zero_stage: int, world_size: int) -> dict[str, We
         name: Weight(tuple(shape), torch.float32, partial(read, name, 4 * shape.numel()))
         for name, shape in shapes.items()
     }
+
+
+def check_weights(weights: Weights, model: ModelConfig, where: str) -> None:
+    """Raises UserError unless these are the weights of `model`: their names and shapes."""
+    with torch.device("meta"):
+        expected = {name: tuple(parameter.shape) for name, parameter in GPT(model).named_parameters()}
+    for name in sorted(expected.keys() ^ weights.keys()):
+        state = "has no" if name in expected else "has an unknown"
+        raise UserError(f"{where}: {state} weight {name}; it is damaged, or of another program or version")
+    for name, shape in expected.items():
+        if (found := weights[name].shape) != shape:
+            raise UserError(f"{where}: weight {name} has shape {found} instead of {shape}; it is damaged")
 
 
 def read_weights(shards: Path, zero_stage: int, world_size: int) -> dict[str, torch.Tensor]:
