@@ -80,6 +80,11 @@ def token_bytes(characters: str) -> bytes:
     return bytes(_BYTE_OF_CHARACTER[character] for character in characters)
 
 
+def token_characters(token: bytes) -> str:
+    """The bytes of a token in GPT-2's printable characters."""
+    return "".join(_CHARACTER_OF_BYTE[byte] for byte in token)
+
+
 def _bytes_by_character() -> dict[str, int]:
     """The character that stands for each byte: the byte's own if printable and no space, else one from U+0100 on."""
     printable = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
@@ -88,3 +93,4 @@ def _bytes_by_character() -> dict[str, int]:
 
 
 _BYTE_OF_CHARACTER = _bytes_by_character()
+_CHARACTER_OF_BYTE = {byte: character for character, byte in _BYTE_OF_CHARACTER.items()}

@@ -3,12 +3,11 @@
 They come from a run folder (its newest checkpoint), a checkpoint, or an export: a folder with config.yaml, which has
 the section `model`, and *.safetensors, one or several, with this library's parameter names. fp32 values arrive in the
 fp32 master weights unrounded: DeepSpeed makes those from the model's 16-bit weights, so they are set once more after
-it. Costs host memory for one fp32 copy a rank if it is a checkpoint; of an export one tensor at a time is read.
+it. One tensor at a time is read.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,32 +15,28 @@ import deepspeed.utils
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import yaml
 from pydantic import ValidationError
 from torch import Tensor, nn
 
 from megagpt.config.compatibility import weight_differences
 from megagpt.config.schema import ModelConfig
-from megagpt.config.yaml12 import parse
 from megagpt.data.manifest import TokenizerInfo
 from megagpt.errors import UsageError, UserError
 from megagpt.model.gpt import GPT
 from megagpt.model.init import Gather
 from megagpt.training.checkpoint import SHARDS, find_checkpoint, read_manifest, verify_checksums
-from megagpt.training.weights import read_weights
+from megagpt.training.export import model_of, read_export
+from megagpt.training.weights import Weights, check_weights, open_weights
 
 InitialWeights = Callable[[str], Tensor]
 """The fp32 value of the parameter of this name, on the CPU."""
-
-_FLOATING = ("F32", "BF16", "F16", "F64")  # safetensors' names
 
 
 class _Source(NamedTuple):
     """Weights at some place, and what is said of them there."""
 
     model: ModelConfig
-    shapes: dict[str, tuple[int, ...]]
-    read: InitialWeights
+    weights: Weights
     tokenizer: Path
     """File that describes the tokenizer, if it exists."""
 
@@ -52,28 +47,23 @@ def open_initial_weights(
     """The weights at `path`, checked to be those of `model`: names, shapes, and what gives them their meaning.
 
     tokenizer: that of the run's data, if it is known. part, parts: of `parts` ranks each compares the checksums of its
-    share of a checkpoint's files. A checkpoint is unpickled: name only one that you trust.
+    share of a checkpoint's files.
 
     Raises:
         UsageError: they are of another model, or of another tokenizer.
         UserError: there are none, or they are damaged.
     """
     where = f"train.init_from {path}"
-    files = sorted(path.glob("*.safetensors"))
-    source = _open_export(path, files, where) if files else _open_checkpoint(path, where, part, parts)
+    if any(path.glob("*.safetensors")):
+        source = _Source(*read_export(path, where), path / "tokenizer.json")
+    else:
+        source = _open_checkpoint(path, where, part, parts)
     if different := weight_differences(source.model, model):
         texts = ", ".join(f"model.{key} is {there} there and {here} here" for key, (there, here) in different.items())
         raise UsageError(f"{where}: is of another model: {texts}; set the section model as it is there")
     _check_tokenizer(source.tokenizer, tokenizer, where)
-    with torch.device("meta"):
-        expected = {name: tuple(parameter.shape) for name, parameter in GPT(model).named_parameters()}
-    for name in sorted(expected.keys() ^ source.shapes.keys()):
-        state = "has no" if name in expected else "has an unknown"
-        raise UserError(f"{where}: {state} weight {name}; it is damaged, or of another program or version")
-    for name, shape in expected.items():
-        if source.shapes[name] != shape:
-            raise UserError(f"{where}: weight {name} has shape {source.shapes[name]} instead of {shape}; it is damaged")
-    return source.read
+    check_weights(source.weights, model, where)
+    return lambda name: source.weights[name].read().float()
 
 
 @torch.no_grad()
@@ -108,58 +98,11 @@ def _open_checkpoint(path: Path, where: str, part: int, parts: int) -> _Source:
         checkpoint = find_checkpoint(path)
         manifest = read_manifest(checkpoint)
         verify_checksums(checkpoint, part, parts)
-        weights = read_weights(checkpoint / SHARDS, manifest.zero_stage, manifest.world_size)
+        weights = open_weights(checkpoint / SHARDS, manifest.zero_stage, manifest.world_size)
     except UserError as error:
         raise UserError(f"train.init_from: {error}") from error
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     tokenizer = checkpoint.resolve().parent.parent / "tokenizer.json"
-    return _Source(_model_of(manifest.model, where), shapes, weights.__getitem__, tokenizer)
-
-
-def _open_export(folder: Path, files: Sequence[Path], where: str) -> _Source:
-    """The safetensors of a folder, from which a tensor is read when it is asked for."""
-    try:
-        from safetensors import SafetensorError, safe_open
-    except ImportError as error:
-        raise UserError(f"{where}: reading safetensors needs pip install 'megagpt[export]' ({error})") from error
-    model = _model_of(_export_config(folder / "config.yaml", where), where)
-    shapes: dict[str, tuple[int, ...]] = {}
-    readers: dict[str, Callable[[], Tensor]] = {}
-    for path in files:
-        try:
-            content = safe_open(path, framework="pt", device="cpu")
-            for name in content.keys():  # noqa: SIM118 - it cannot be iterated over
-                if name in readers:
-                    raise UserError(f"{path}: has weight {name}, which a file beside it has, too; remove one of them")
-                stored = content.get_slice(name)
-                if stored.get_dtype() not in _FLOATING:
-                    raise UserError(f"{path}: weight {name} is of type {stored.get_dtype()}; export it in fp32 or bf16")
-                shapes[name], readers[name] = tuple(stored.get_shape()), partial(content.get_tensor, name)
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{path}: cannot be read ({' '.join(str(error).split())}); copy it again") from error
-    return _Source(model, shapes, lambda name: readers[name]().float(), folder / "tokenizer.json")
-
-
-def _export_config(path: Path, where: str) -> Any:
-    """The section `model` of an export's configuration."""
-    try:
-        tree, _, _ = parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{where}: has safetensors, but no config.yaml; it is no export of megagpt") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: cannot be read: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict) or "model" not in tree:
-        raise UserError(f"{path}: has no section model; it is no export of megagpt")
-    return tree["model"]
-
-
-def _model_of(values: Any, where: str) -> ModelConfig:
-    try:
-        return ModelConfig.model_validate(values)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(map(str, ("model", *problem["loc"])))
-        raise UserError(f"{where}: this version of megagpt does not know its {key}: {problem['msg']}") from None
+    return _Source(model_of(manifest.model, where), weights, tokenizer)
 
 
 def _check_tokenizer(path: Path, tokenizer: TokenizerInfo | None, where: str) -> None:

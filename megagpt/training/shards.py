@@ -7,12 +7,8 @@ which DeepSpeed's own converter goes, are wrong with round_robin_gradients.) The
 read costs no memory.
 """
 
-import io
-import logging
 import math
-import pickle
 from collections.abc import Mapping, Sequence
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -20,9 +16,15 @@ from typing import Any, TypeGuard
 import torch
 
 from megagpt.errors import UserError
+from megagpt.training.torch_files import Inert, read_torch_file
 
-logger = logging.getLogger(__name__)
-
+DEEPSPEED_CLASSES = (
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+)
+"""The classes that DeepSpeed writes into its files, beside data: records, all of them."""
 MASTER_WEIGHT = "fp32"
 PARAMETER_NAMES = "parameter_names"
 """Key in the stage 0 file: names by optimizer group, in the order in which the optimizer numbers its parameters."""
@@ -88,8 +90,8 @@ class Shards:
     """The folder of shards that `world_size` ranks wrote at `zero_stage`.
 
     `shapes` has all parameters by name, `loss_scale` the factor of the loss if there is one (it matters in fp16 only).
-    Unpickles: only for checkpoints that are trusted. Raises UserError for a missing file and for shards whose layout
-    is not one of those above (some of DeepSpeed's own options change it).
+    Raises UserError for a missing file, and for shards whose layout is not one of those above (some of DeepSpeed's own
+    options change it).
     """
 
     shapes: dict[str, torch.Size]
@@ -190,17 +192,8 @@ def is_cut(value: object) -> TypeGuard[torch.Tensor]:
 
 
 def load_file(folder: Path, pattern: str) -> dict[str, Any]:
-    """The content of the file that `pattern` names, memory-mapped. Unpickles. Raises UserError if it is not there."""
+    """The content of the file that `pattern` names, memory-mapped. Raises UserError if it is not there, or not data."""
     found = sorted(folder.glob(pattern))
     if not found:
         raise UserError(f"{folder}: has no {pattern}; the checkpoint is damaged")
-    chatter = io.StringIO()  # unpickling imports DeepSpeed, which prints
-    with redirect_stdout(chatter), redirect_stderr(chatter):
-        try:
-            content = torch.load(found[0], map_location="cpu", mmap=True, weights_only=False)
-        except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{found[0]}: not a file that torch saved ({reason}); the checkpoint is damaged") from error
-    if chatter.getvalue():
-        logger.info("%s", chatter.getvalue())
-    return content
+    return read_torch_file(found[0], dict.fromkeys(DEEPSPEED_CLASSES, Inert))

@@ -7,6 +7,7 @@ fsync before the checkpoint counts. Cost: the host memory of this rank's part, i
 """
 
 import copy
+import importlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -18,12 +19,17 @@ from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchChe
 from torch import Tensor
 
 from megagpt.data.manifest import FileChecksum
+from megagpt.training.shards import DEEPSPEED_CLASSES
+from megagpt.training.torch_files import read_torch_file
 
 _SLICE = 1 << 26  # bytes: progress is seen within a large tensor, too
 
 
 class CollectingEngine(TorchCheckpointEngine):
-    """Keeps what DeepSpeed saves, for somebody else to write: a disk that fails must not leave ranks in a barrier."""
+    """Keeps what DeepSpeed saves, for somebody else to write: a disk that fails must not leave ranks in a barrier.
+
+    And reads for DeepSpeed, which by itself would unpickle whatever the files hold.
+    """
 
     def __init__(self, template: TorchCheckpointEngine) -> None:
         self.name = "CollectingEngine"
@@ -39,6 +45,15 @@ class CollectingEngine(TorchCheckpointEngine):
     def save(self, state_dict: Any, path: str) -> None:
         """Keep the content of the file at `path`."""
         self.contents[Path(path)] = host_copy(state_dict) if self.snapshot else state_dict
+
+    def load(self, path: str, map_location: Any = None) -> Any:
+        """The content of the file at `path`, which holds nothing but data and DeepSpeed's own records."""
+        return read_torch_file(Path(path), {name: _imported(name) for name in DEEPSPEED_CLASSES}, map_location)
+
+
+def _imported(name: str) -> type:
+    module, _, cls = name.rpartition(".")
+    return getattr(importlib.import_module(module), cls)
 
 
 def host_copy(content: Any) -> Any:

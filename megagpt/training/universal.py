@@ -59,8 +59,7 @@ def universal_form(
     """Convert `checkpoint` into `folder` (default: the folder it is in) unless that was done; returns the form's path.
 
     `report` is told the fraction that is done. Other forms in `folder`, whole or half made, are removed: a run needs
-    one. One process at a time may do this. Unpickles the shards. Raises UserError for a damaged checkpoint or a folder
-    that cannot be written.
+    one. One process at a time may do this. Raises UserError for a damaged checkpoint, or if `folder` cannot be written.
     """
     folder = folder or checkpoint.parent
     final = folder / f".universal_{checkpoint.name}"

@@ -1,23 +1,103 @@
-"""fp32 master weights out of DeepSpeed's shards, for every ZeRO stage and precision, on one CPU.
+"""A model's weights by parameter name, each read when it is asked for: out of DeepSpeed's shards, and as a type.
 
-DeepSpeed's own zero_to_fp32 does the same but for bf16 at stage 1, whose files it does not recognise. The files are
-memory-mapped, so the optimizer's moments are never read.
+DeepSpeed's own zero_to_fp32 does the same for checkpoints but for bf16 at stage 1, whose files it does not recognise.
+The shards are memory-mapped, so the optimizer's moments are never read; mapped pages count as memory of the process, so
+the files are opened anew after some of it, which lets go of them.
 """
 
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Generic, NamedTuple, TypeVar
 
 import torch
 
+from megagpt.config.schema import ModelConfig
+from megagpt.errors import UserError
+from megagpt.model.gpt import GPT
 from megagpt.training.shards import Shards, load_file
+
+MAPPED_BYTES = 1 << 26
+"""Read from a memory-mapped file before it is opened anew."""
+
+OpenedT = TypeVar("OpenedT")
+
+
+class Weight(NamedTuple):
+    """A tensor that lies somewhere."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[], torch.Tensor]
+    """Its values on the CPU, in memory of their own."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its values."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+Weights = Mapping[str, Weight]
+
+
+class Mapped(Generic[OpenedT]):
+    """Something memory-mapped that is opened anew after MAPPED_BYTES were read of it, so as not to grow.
+
+    reopens: False for what is held in memory, whole.
+    """
+
+    def __init__(self, open_: Callable[[], OpenedT], reopens: bool = True) -> None:
+        self._open, self._reopens, self._left = open_, reopens, 0
+        self._opened: OpenedT | None = None
+
+    def before_reading(self, nbytes: int) -> OpenedT:
+        """What was opened; the caller is about to read so much of it, and must keep no reference to it."""
+        if self._opened is None or (self._reopens and self._left < 0):
+            self._opened = None  # lets go of it first
+            self._opened, self._left = self._open(), MAPPED_BYTES
+        self._left -= nbytes
+        return self._opened
+
+
+def open_weights(shards: Path, zero_stage: int, world_size: int) -> dict[str, Weight]:
+    """The fp32 master weights in the folder `shards`, which `world_size` ranks wrote at `zero_stage`.
+
+    Raises UserError, now and while reading, if a file is missing or damaged.
+    """
+    if zero_stage == 0:
+        name = "mp_rank_00_model_states.pt"
+        whole = Mapped(lambda: load_file(shards, name)["module"])
+        shapes = {name: tensor.shape for name, tensor in whole.before_reading(0).items()}
+
+        def read(name: str, nbytes: int) -> torch.Tensor:
+            return whole.before_reading(nbytes)[name].to(torch.float32, copy=True)
+
+    else:
+        cut = Mapped(lambda: Shards(shards, zero_stage, world_size))
+        shapes = cut.before_reading(0).shapes
+
+        def read(name: str, nbytes: int) -> torch.Tensor:
+            return cut.before_reading(nbytes).read_weight(name)
+
+    return {
+        name: Weight(tuple(shape), torch.float32, partial(read, name, 4 * shape.numel()))
+        for name, shape in shapes.items()
+    }
+
+
+def check_weights(weights: Weights, model: ModelConfig, where: str) -> None:
+    """Raises UserError unless these are the weights of `model`: their names and shapes."""
+    with torch.device("meta"):
+        expected = {name: tuple(parameter.shape) for name, parameter in GPT(model).named_parameters()}
+    for name in sorted(expected.keys() ^ weights.keys()):
+        state = "has no" if name in expected else "has an unknown"
+        raise UserError(f"{where}: {state} weight {name}; it is damaged, or of another program or version")
+    for name, shape in expected.items():
+        if (found := weights[name].shape) != shape:
+            raise UserError(f"{where}: weight {name} has shape {found} instead of {shape}; it is damaged")
 
 
 def read_weights(shards: Path, zero_stage: int, world_size: int) -> dict[str, torch.Tensor]:
-    """fp32 tensors by parameter name from the folder `shards`, which `world_size` ranks wrote at `zero_stage`.
-
-    Unpickles: only for checkpoints that are trusted. Raises UserError if a file is missing.
-    """
-    if zero_stage == 0:
-        whole = load_file(shards, "mp_rank_00_model_states.pt")["module"]
-        return {name: tensor.float() for name, tensor in whole.items()}
-    reader = Shards(shards, zero_stage, world_size)
-    return {name: reader.read_weight(name) for name in reader.shapes}
+    """All of `open_weights` at once."""
+    return {name: weight.read() for name, weight in open_weights(shards, zero_stage, world_size).items()}

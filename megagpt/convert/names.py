@@ -1,0 +1,87 @@
+"""Weights under other names: how a foreign format calls each parameter, and lays it out.
+
+A format says it once, as a list of entries, and both directions follow. Matrices may be transposed, and a stack of
+matrices (queries, keys, values) may lie apart. Nothing is read here: a weight is turned when it is read.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+
+from megagpt.config.schema import ModelConfig
+from megagpt.errors import UserError
+from megagpt.training.weights import Weight, Weights
+
+
+class Entry(NamedTuple):
+    """One parameter of ours in a foreign format."""
+
+    ours: str
+    theirs: tuple[str, ...]
+    """Its name there; three names if queries, keys and values lie apart there."""
+    transposed: bool = False
+    """Whether the matrix is stored as (in, out)."""
+
+
+def to_foreign(entries: Iterable[Entry], model: ModelConfig, weights: Weights) -> dict[str, Weight]:
+    """The foreign format's weights, out of ours."""
+    found: dict[str, Weight] = {}
+    for entry in entries:
+        weight = weights[entry.ours]
+        if entry.transposed:
+            weight = _transposed(weight)
+        parts = [weight] if len(entry.theirs) == 1 else _split(weight, stacked_rows(model))
+        found.update(zip(entry.theirs, parts, strict=True))
+    return found
+
+
+def from_foreign(
+    entries: Iterable[Entry], stored: Weights, ignored: Callable[[str], bool], where: str
+) -> dict[str, Weight]:
+    """Our weights, out of the foreign format's.
+
+    ignored: whether a name of theirs is none of a weight, as are causal masks. Raises UserError for a weight that is
+    not there, and for one that no entry names.
+    """
+    found, used = {}, set()
+    for entry in entries:
+        for name in entry.theirs:
+            if name not in stored:
+                raise UserError(
+                    f"{where}: has no weight {name}; it is damaged, or its configuration is of another model"
+                )
+            used.add(name)
+        parts = [stored[name] for name in entry.theirs]
+        if len({(part.dtype, part.shape[1:]) for part in parts}) > 1:
+            raise UserError(f"{where}: {', '.join(entry.theirs)} are of different types or widths; it is damaged")
+        weight = parts[0] if len(parts) == 1 else _stacked(parts)
+        found[entry.ours] = _transposed(weight) if entry.transposed else weight
+    if unknown := sorted(name for name in stored if name not in used and not ignored(name)):
+        raise UserError(
+            f"{where}: has weight {unknown[0]}, which its kind of model does not have; it is of another architecture"
+        )
+    return found
+
+
+def stacked_rows(model: ModelConfig) -> list[int]:
+    """Rows of queries, keys and values in our stack of them."""
+    return [heads * model.head_dim for heads in (model.num_attention_heads, model.kv_heads, model.kv_heads)]
+
+
+def _transposed(weight: Weight) -> Weight:
+    return Weight(weight.shape[::-1], weight.dtype, lambda: weight.read().t().contiguous())
+
+
+def _split(weight: Weight, rows: Sequence[int]) -> list[Weight]:
+    def part(index: int) -> Weight:
+        start = sum(rows[:index])
+        shape = (rows[index], *weight.shape[1:])
+        return Weight(shape, weight.dtype, lambda: weight.read()[start : start + rows[index]].clone())
+
+    return [part(index) for index in range(len(rows))]
+
+
+def _stacked(parts: Sequence[Weight]) -> Weight:
+    rows = sum(part.shape[0] if part.shape else 0 for part in parts)
+    return Weight((rows, *parts[0].shape[1:]), parts[0].dtype, lambda: torch.cat([part.read() for part in parts]))

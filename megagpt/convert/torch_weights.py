@@ -1,0 +1,44 @@
+"""Weights in files that torch.save wrote, read as data, one tensor at a time."""
+
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megagpt.errors import UserError
+from megagpt.training.torch_files import read_torch_file
+from megagpt.training.weights import Mapped, Weight
+
+Pick = Callable[[Any], Mapping[str, torch.Tensor]]
+"""Where in a file's content the tensors are."""
+
+
+def read_torch_weights(files: Sequence[Path], pick: Pick = lambda content: content) -> dict[str, Weight]:
+    """The tensors of all files by name, those of integers (masks) left out.
+
+    Memory-mapped, but for files of torch before 1.6, which are held whole. Raises UserError for what is no file of
+    tensors, and for a name that comes twice.
+    """
+    weights: dict[str, Weight] = {}
+    for path in files:
+        mapped = Mapped(partial(_read, path, pick), reopens=zipfile.is_zipfile(path))
+        for name, tensor in mapped.before_reading(0).items():
+            if name in weights:
+                raise UserError(f"{path}: has weight {name}, which a file beside it has, too; remove one of them")
+            if tensor.is_floating_point():
+                weights[name] = Weight(tuple(tensor.shape), tensor.dtype, partial(_read_tensor, mapped, name))
+    return weights
+
+
+def _read(path: Path, pick: Pick) -> Mapping[str, torch.Tensor]:
+    tensors = pick(read_torch_file(path))
+    if not isinstance(tensors, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise UserError(f"{path}: holds other things than tensors by name; it is no file of weights")
+    return tensors
+
+
+def _read_tensor(mapped: Mapped[Mapping[str, torch.Tensor]], name: str) -> torch.Tensor:
+    return mapped.before_reading(mapped.before_reading(0)[name].nbytes)[name].clone()
