@@ -1,11 +1,10 @@
 """The launch command as real processes that a test may signal, stop and kill, started in a fraction of a second.
 
-A fork server imports torch, DeepSpeed and the command once; each rank is a fork of it that runs
-`python -m launch.train` from its first line on, with its own environment and output file.
+Each rank is a fork of a process that has imported torch and DeepSpeed (forked.py), and runs `python -m launch.train`
+from its first line on, with its own environment and output file.
 """
 
 import json
-import multiprocessing
 import os
 import runpy
 import signal
@@ -17,9 +16,7 @@ from typing import Any
 
 from launch.environment import free_port
 from megagpt.training.metrics import read_metrics
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.distributed.preload"])
+from tests.distributed.forked import ForkedProcess
 
 
 class Job:
@@ -38,7 +35,7 @@ class Job:
         self.world_size, self._folder = world_size, folder
         port = free_port()
         self.ranks = [
-            _CONTEXT.Process(
+            ForkedProcess(
                 target=_rank,
                 args=(rank, world_size, port, [str(config_file), *overrides], folder / f"out_{rank}", prepare),
             )

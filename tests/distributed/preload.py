@@ -1,17 +1,18 @@
-"""Imported once by the fork server of launched.py, so that its forks need not."""
+"""Imported once by the fork server of forked.py, so that its forks need not."""
 
+# ruff: noqa: F401
 import gc
 import os
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
-import tiktoken  # noqa: F401
-import torch  # noqa: F401
+import tiktoken
+import torch
 
 import launch.process
 import launch.supervisor
 import megagpt.training.run
-import tools.command  # noqa: F401
+import tools.command
 from megagpt.training.engine import import_muon_uncompiled
 
 import_muon_uncompiled()
