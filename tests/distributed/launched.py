@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.environment import free_port
 from megagpt.training.metrics import read_metrics
 from tests.distributed.forked import ForkedProcess
+from tests.distributed.ports import master_port
 
 
 class Job:
@@ -33,7 +33,7 @@ class Job:
         """Start them; folder: for their output. prepare: called in each rank before the command."""
         folder.mkdir(parents=True, exist_ok=True)
         self.world_size, self._folder = world_size, folder
-        port = free_port()
+        port = master_port()
         self.ranks = [
             ForkedProcess(
                 target=_rank,
@@ -123,7 +123,7 @@ def _rank(
         os.dup2(descriptor, stream)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ |= {name: str(value) for name, value in place.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     if prepare:

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
-from launch.environment import free_port
 from tests.distributed.forked import ForkedProcess
+from tests.distributed.ports import master_port
 
 
 class Ranks:
@@ -58,7 +58,7 @@ class Ranks:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        port = free_port()
+        port = master_port()
         for rank in range(self.world_size):
             ours, theirs = Pipe()
             process = ForkedProcess(target=_serve, args=(rank, self.world_size, port, theirs), daemon=True)
