@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
+from launch import supervisor
 from launch.signals import REQUEUE
 from launch.watchdog import HANG
 from megagpt.config import save_config
@@ -153,13 +154,18 @@ def test_a_second_signal_ends_the_process_at_once(config_file, tmp_path):
     finish(config_file, run_dir)
 
 
+def with_little_patience() -> None:
+    """In a rank: what never notices that another rank is gone is left after a second instead of ten."""
+    supervisor._GRACE_SECONDS = 1.0
+
+
 def test_random_kills_of_one_rank_end_the_others_and_lose_nothing(config_file, whole, tmp_path):
     run_dir, moments = tmp_path / "run", random.Random(2)
     kills = 0
     settings = ["checkpoint.every=2"]  # so that many a kill meets a save
     while kills < KILLS:
         before = steps_done(run_dir)
-        job = start(config_file, run_dir, *settings)
+        job = start(config_file, run_dir, *settings, prepare=with_little_patience)
         job.wait_until(lambda before=before, job=job: steps_done(run_dir) != before or not job.running)
         time.sleep(moments.uniform(0, 0.15))
         victim = moments.randrange(2)
