@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+JOBS   ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test lint benchmark soak format clean
@@ -28,8 +29,8 @@ $(STAMP): setup.py constraints.txt
 quickstart: setup ## from Python's own text to samples of a small GPT, in a few minutes
 	@$(BIN)/python -m tools.quickstart
 
-test: setup ## the whole test suite; what needs a GPU is skipped where there is none
-	@$(BIN)/python -m pytest
+test: setup ## the whole test suite, JOBS=2 files at a time; what needs a GPU is skipped where there is none
+	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: setup ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

@@ -1,8 +1,29 @@
 """What every test may rely on."""
 
+import os
 import signal
+from typing import Any
+
+import pytest
 
 # A shell starts background jobs with SIGINT ignored, nohup programs with SIGHUP, and programs inherit that: the
 # commands under test must not.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+# Tensors here are small, and several tests run side by side. Before anything imports torch; commands inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile` a file's tests run in one process, in order; those that share one cluster do, too."""
+    if config.option.dist != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduler(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "tests/slurm" if nodeid.startswith("tests/slurm/") else super()._split_scope(nodeid)
+
+    return Scheduler(config, log)

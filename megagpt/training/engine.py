@@ -12,6 +12,7 @@ What this module guarantees on top of DeepSpeed, at every ZeRO stage:
   device to learn it.
 """
 
+import importlib
 import io
 import logging
 import shutil
@@ -26,7 +27,7 @@ import deepspeed
 import torch
 import torch._inductor.config
 import torch.distributed as dist
-from deepspeed.runtime import torch_autocast
+from deepspeed.runtime import compiler, torch_autocast
 from torch import nn
 
 from megagpt.config.schema import RunConfig
@@ -127,6 +128,7 @@ class Engine:
         self.zero_stage = int(self.options["zero_optimization"]["stage"])
         # DeepSpeed keeps this for the whole process: after an engine with autocast, one with fp16 weights never steps.
         torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
+        import_muon_uncompiled()
         try:
             with deepspeed_output_to_log():
                 model = self._build_model(initial_weights)
@@ -329,13 +331,28 @@ def init_process_group(device_type: str, store: dist.Store, rank: int, world_siz
     """Join the process group of all ranks that share `store`: NCCL or gloo.
 
     DeepSpeed would compile a shared-memory kernel for inference on CPUs, which nothing here calls: it costs half a
-    minute, a compiler, and a lock file that makes the next start wait for ever if the compilation was killed.
+    minute, a compiler, and a lock file that makes the next start wait for ever if the compilation was killed. Whether
+    it can is all that it asks its list of operators for, and filling that runs compilers on every rank: it stays empty.
     """
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.ops.__compatible_ops__ = {}
     with deepspeed_output_to_log():
         backend = "nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=PATIENCE)
         deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False, timeout=PATIENCE)
+
+
+def import_muon_uncompiled() -> None:
+    """DeepSpeed asks of every optimizer whether it is its own Muon, which is imported for that: nothing here uses it.
+
+    A function of that module is compiled at import, and the import of all of torch's compiler costs each rank more
+    than a second of CPU time. With this, whoever compiles nothing imports no compiler.
+    """
+    compile_function = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        compiler.compile = compile_function
 
 
 def wait_as_long_as_needed() -> None:

@@ -1,11 +1,10 @@
 """The launch command as real processes that a test may signal, stop and kill, started in a fraction of a second.
 
-A fork server imports torch, DeepSpeed and the command once; each rank is a fork of it that runs
-`python -m launch.train` from its first line on, with its own environment and output file.
+Each rank is a fork of a process that has imported torch and DeepSpeed (forked.py), and runs `python -m launch.train`
+from its first line on, with its own environment and output file.
 """
 
 import json
-import multiprocessing
 import os
 import runpy
 import signal
@@ -15,11 +14,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.environment import free_port
 from megagpt.training.metrics import read_metrics
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.distributed.preload"])
+from tests.distributed.forked import ForkedProcess
+from tests.distributed.ports import master_port
 
 
 class Job:
@@ -36,9 +33,9 @@ class Job:
         """Start them; folder: for their output. prepare: called in each rank before the command."""
         folder.mkdir(parents=True, exist_ok=True)
         self.world_size, self._folder = world_size, folder
-        port = free_port()
+        port = master_port()
         self.ranks = [
-            _CONTEXT.Process(
+            ForkedProcess(
                 target=_rank,
                 args=(rank, world_size, port, [str(config_file), *overrides], folder / f"out_{rank}", prepare),
             )
@@ -126,7 +123,7 @@ def _rank(
         os.dup2(descriptor, stream)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ |= {name: str(value) for name, value in place.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, signal.SIG_DFL)
     if prepare:

@@ -1,10 +1,19 @@
-"""Imported once by the fork server of launched.py, so that its forks need not."""
+"""Imported once by the fork server of forked.py, so that its forks need not."""
 
+# ruff: noqa: F401
+import gc
 import os
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
-import tiktoken  # noqa: F401
-import torch  # noqa: F401
+import tiktoken
+import torch
 
-import megagpt.training.run  # noqa: F401
+import launch.process
+import launch.supervisor
+import megagpt.training.run
+import tools.command
+from megagpt.training.engine import import_muon_uncompiled
+
+import_muon_uncompiled()
+gc.freeze()  # or each fork would look through, and so copy, all that is imported here

@@ -1,21 +1,19 @@
-"""Process groups that stay alive across tests: starting torch and DeepSpeed costs seconds, a call milliseconds.
+"""Process groups that stay alive across tests: starting one costs a second, a call milliseconds.
 
 `Ranks(2).run(function, *arguments)` calls a module-level function in two real processes joined by gloo, and returns
 what each rank returned. A failure on any rank ends the group (the others may wait in a collective for ever) and raises
 with that rank's traceback; the next call starts a new group.
 """
 
-import multiprocessing
 import os
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
-from launch.environment import free_port
-
-_CONTEXT = multiprocessing.get_context("spawn")
+from tests.distributed.forked import ForkedProcess
+from tests.distributed.ports import master_port
 
 
 class Ranks:
@@ -60,10 +58,10 @@ class Ranks:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        port = free_port()
+        port = master_port()
         for rank in range(self.world_size):
-            ours, theirs = _CONTEXT.Pipe()
-            process = _CONTEXT.Process(target=_serve, args=(rank, self.world_size, port, theirs), daemon=True)
+            ours, theirs = Pipe()
+            process = ForkedProcess(target=_serve, args=(rank, self.world_size, port, theirs), daemon=True)
             process.start()
             theirs.close()
             self._processes.append(process)
@@ -77,7 +75,6 @@ def _serve(rank: int, world_size: int, port: int, pipe: Connection) -> None:
         WORLD_SIZE=str(world_size),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
-        DS_ACCELERATOR="cpu",
     )
     import torch
     import torch.distributed as dist

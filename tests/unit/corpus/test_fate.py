@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,19 +20,26 @@ from tests.unit.corpus.test_pipeline import run
 from tests.unit.corpus.texts import document, edited, write_jsonl
 
 
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset of lines, rows and a file, with near and exact copies, empty texts and broken lines."""
+    folder = tmp_path_factory.mktemp("corpus")
     rng = random.Random(9)
     texts = [document(rng, 200).strip() for _ in range(30)]
-    write_jsonl(tmp_path / "in/a.jsonl", [*texts, edited(texts[0], rng, 2), texts[1], "\x07", texts[2]])
-    with open(tmp_path / "in/a.jsonl", "a") as file:
+    write_jsonl(folder / "in/a.jsonl", [*texts, edited(texts[0], rng, 2), texts[1], "\x07", texts[2]])
+    with open(folder / "in/a.jsonl", "a") as file:
         file.write('broken\n{"text": 1}\n')
     rows = [*(document(rng, 50).strip() for _ in range(5)), None, texts[3]]
-    pq.write_table(pa.table({"text": rows}), tmp_path / "in/b.parquet", row_group_size=3)
-    (tmp_path / "in/c.txt").write_text(document(rng, 60))
-    run(tmp_path, validation_fraction=0.3, max_bad=0.5, execution={"chunk_mb": 0.003})
-    return tmp_path
+    pq.write_table(pa.table({"text": rows}), folder / "in/b.parquet", row_group_size=3)
+    (folder / "in/c.txt").write_text(document(rng, 60))
+    run(folder, validation_fraction=0.3, max_bad=0.5, execution={"chunk_mb": 0.003})
+    return folder
+
+
+@pytest.fixture
+def out(corpus: Path, tmp_path: Path) -> Path:
+    """A copy of the dataset, to spoil."""
+    return Path(shutil.copytree(corpus / "out", tmp_path / "out"))
 
 
 def names_of_all(corpus: Path) -> list[str]:
@@ -89,14 +97,15 @@ def test_a_place_where_no_record_begins_has_no_fate(corpus: Path) -> None:
     assert [fate.outcome for fate in find_fates(corpus / "out", ["0:1", "1:7", "2:5"])] == [None] * 3
 
 
-def test_a_file_is_named_by_its_index_its_path_or_the_end_of_it(corpus: Path) -> None:
+def test_a_file_is_named_by_its_index_its_path_or_the_end_of_it(corpus: Path, tmp_path: Path) -> None:
     names = ["2:0", f"{corpus}/in/c.txt:0", "c.txt:0", "in/c.txt:0"]
     assert len({fate.id for fate in find_fates(corpus / "out", names)}) == 1
-    (corpus / "in/deep").mkdir()
-    (corpus / "in/deep/c.txt").write_text("other")
-    run(corpus, "two", max_bad=0.5)
+    for name, text in (("c.txt", "one"), ("deep/c.txt", "other")):
+        (tmp_path / "in" / name).parent.mkdir(parents=True)
+        (tmp_path / "in" / name).write_text(text)
+    run(tmp_path)
     with pytest.raises(UsageError, match=r"--find c\.txt: 2 of its files end so; give the name of one"):
-        find_fates(corpus / "two", ["c.txt:0"])
+        find_fates(tmp_path / "out", ["c.txt:0"])
 
 
 @pytest.mark.parametrize(
@@ -137,22 +146,20 @@ def compressed(content: bytes) -> bytes:
         b"",
     ],
 )
-def test_a_damaged_list_is_an_error_and_never_an_answer(corpus: Path, content: bytes) -> None:
-    (corpus / "out/removed.jsonl.zst").write_bytes(content)
+def test_a_damaged_list_is_an_error_and_never_an_answer(out: Path, content: bytes) -> None:
+    (out / "removed.jsonl.zst").write_bytes(content)
     with pytest.raises(UserError, match=r"out/removed\.jsonl\.zst: not the list that tools\.preprocess wrote; copy it"):
-        find_fates(corpus / "out", ["0:0"])
+        find_fates(out, ["0:0"])
 
 
-def test_lists_longer_than_a_block_are_read_whole(corpus: Path) -> None:
+def test_lists_longer_than_a_block_are_read_whole(out: Path) -> None:
     rng = np.random.default_rng(0)
     line = {"file": "f", "stage": "near", "reason": "r", "survivor": "0:0", "similarity": 0.5}
     details = [rng.bytes(60).hex() for _ in range(6000)]
     lines = [json.dumps({"id": f"0:{5 + number}", **line, "detail": text}) for number, text in enumerate(details)]
-    (corpus / "out/removed.jsonl.zst").write_bytes(compressed("".join(f"{text}\n" for text in lines).encode()))
+    (out / "removed.jsonl.zst").write_bytes(compressed("".join(f"{text}\n" for text in lines).encode()))
     numbers = [0, 1, 2999, 4321, 5999]
-    for number, fate in zip(
-        numbers, find_fates(corpus / "out", [f"0:{5 + number}" for number in numbers]), strict=True
-    ):
+    for number, fate in zip(numbers, find_fates(out, [f"0:{5 + number}" for number in numbers]), strict=True):
         assert isinstance(fate.outcome, Removed)
         assert fate.outcome.detail == details[number]
 
@@ -170,16 +177,16 @@ def test_lists_longer_than_a_block_are_read_whole(corpus: Path) -> None:
     ],
 )
 def test_a_list_that_is_missing_or_damaged_is_one_line(
-    corpus: Path, name: str, content: bytes | None, message: str | None
+    out: Path, name: str, content: bytes | None, message: str | None
 ) -> None:
-    (corpus / "out" / name).unlink()
+    (out / name).unlink()
     if content is not None:
-        (corpus / "out" / name).write_bytes(content)
+        (out / name).write_bytes(content)
     if message is None:
-        assert find_fates(corpus / "out", ["0:1"])[0].outcome is None
+        assert find_fates(out, ["0:1"])[0].outcome is None
         return
     with pytest.raises(UserError, match=message):
-        find_fates(corpus / "out", ["0:1"])
+        find_fates(out, ["0:1"])
 
 
 def test_nothing_removed_is_a_list_of_nothing(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,13 +19,15 @@ from tests.unit.corpus.hub_server import COMMIT, Hub, serving
 
 ROOT = Path(__file__).parents[3]
 READ = """
-import json, sys
+import json, sys, time
+import datasets
 from megagpt.corpus.finding import find_files
 from megagpt.corpus.plan import cut_into_chunks
 from megagpt.corpus.reading import read_piece
 from megagpt.corpus.records import ReadCount
 from megagpt.errors import UserError
 for name in sys.argv[1:-1]:
+    start = time.monotonic()
     try:
         files = find_files([name])
         pieces = [piece for chunk in cut_into_chunks(files, int(sys.argv[-1])) for piece in chunk.pieces]
@@ -34,7 +35,7 @@ for name in sys.argv[1:-1]:
         texts = [getattr(record, "text", str(record)) for record in records]
         print(json.dumps({"files": [file.name for file in files], "pieces": len(pieces), "texts": texts}))
     except UserError as error:
-        print(json.dumps({"error": str(error)}))
+        print(json.dumps({"error": str(error), "seconds": time.monotonic() - start}))
 """
 README = """---
 configs:
@@ -117,13 +118,13 @@ def test_a_data_set_of_lines_is_read_in_pieces_at_one_commit_its_split_train_by_
     hub: Hub, tmp_path: Path
 ) -> None:
     expected = texts_of(REPOSITORIES["org/plain"]["train.jsonl"])
-    found = read(hub, tmp_path, "hf:org/plain", chunk_bytes=200_000)
+    found, test, other = read_each(hub, tmp_path, ["hf:org/plain", "hf:org/plain:test", "hf:org/json"], 200_000)
     assert found["texts"] == expected
     assert found["pieces"] > 5
     assert found["files"] == [f"hf://datasets/org/plain@{COMMIT}/train.jsonl"]
-    assert read(hub, tmp_path, "hf:org/plain:test")["texts"] == texts_of(REPOSITORIES["org/plain"]["test.jsonl"])
+    assert test["texts"] == texts_of(REPOSITORIES["org/plain"]["test.jsonl"])
     assert list((tmp_path / "home").rglob("*.jsonl")) == []
-    assert read(hub, tmp_path, "hf:org/json")["texts"] == texts_of(REPOSITORIES["org/json"]["a/train.json"])
+    assert other["texts"] == texts_of(REPOSITORIES["org/json"]["a/train.json"])
 
 
 def test_of_a_parquet_file_the_chosen_column_is_streamed_by_row_groups(hub: Hub, tmp_path: Path) -> None:
@@ -154,30 +155,23 @@ def test_configurations_and_splits_are_chosen_by_name_and_a_wrong_name_is_told_t
         assert message in found["error"]
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("hf:org/nothing", "input hf:org/nothing: the hub has no such dataset; check the name"),
-        ("hf:org/script", "input hf:org/script: cannot be read from the hub: Dataset scripts are no longer supported"),
-        (
-            "hf:org/images",
-            "input hf:org/images: its files are of the kind imagefolder; only json, parquet",
-        ),
-    ],
-)
-def test_what_cannot_be_read_as_text_is_one_error(hub: Hub, tmp_path: Path, name: str, message: str) -> None:
-    error = read(hub, tmp_path, name)["error"]
-    assert message in error
-    assert "\n" not in error
+def test_what_cannot_be_read_as_text_is_one_error(hub: Hub, tmp_path: Path) -> None:
+    wrong = {
+        "hf:org/nothing": "the hub has no such dataset; check the name",
+        "hf:org/script": "cannot be read from the hub: Dataset scripts are no longer supported",
+        "hf:org/images": "its files are of the kind imagefolder; only json, parquet",
+    }
+    for (name, message), found in zip(wrong.items(), read_each(hub, tmp_path, list(wrong)), strict=True):
+        assert f"input {name}: {message}" in found["error"]
+        assert "\n" not in found["error"]
 
 
 @pytest.mark.parametrize("offline", [{}, {"HF_HUB_OFFLINE": "1"}])
 def test_without_a_network_the_error_comes_at_once_and_says_what_to_do(tmp_path: Path, offline: dict[str, str]) -> None:
-    start = time.monotonic()
-    error = read(None, tmp_path, "hf:org/plain", environment=offline)["error"]
-    assert time.monotonic() - start < 10
-    assert "input hf:org/plain: the Hugging Face hub cannot be reached" in error
-    assert "hf download org/plain --repo-type dataset --local-dir FOLDER" in error
+    found = read(None, tmp_path, "hf:org/plain", environment=offline)
+    assert found["seconds"] < 10
+    assert "input hf:org/plain: the Hugging Face hub cannot be reached" in found["error"]
+    assert "hf download org/plain --repo-type dataset --local-dir FOLDER" in found["error"]
 
 
 def test_a_connection_that_breaks_once_is_tried_again_and_one_that_stays_broken_ends_within_seconds(
@@ -186,14 +180,12 @@ def test_a_connection_that_breaks_once_is_tried_again_and_one_that_stays_broken_
     hub.breaks_at, hub.breaks_left = 1_000_000, 1
     assert read(hub, tmp_path, "hf:org/plain")["texts"] == texts_of(REPOSITORIES["org/plain"]["train.jsonl"])
     assert hub.breaks_left == 0
-    for name in ("org/plain", "org/configs:large"):
-        hub.breaks_left = 10**9
-        start = time.monotonic()
-        error = read(hub, tmp_path, f"hf:{name}")["error"]
-        assert time.monotonic() - start < 12
-        assert f"@{COMMIT}/" in error
-        assert re.search(r"bytes \d+ to \d+ cannot be read from the hub: ", error)
-        assert "run the same command again to go on" in error
+    hub.breaks_left = 10**9
+    for found in read_each(hub, tmp_path, ["hf:org/plain", "hf:org/configs:large"]):
+        assert found["seconds"] < 12
+        assert f"@{COMMIT}/" in found["error"]
+        assert re.search(r"bytes \d+ to \d+ cannot be read from the hub: ", found["error"])
+        assert "run the same command again to go on" in found["error"]
 
 
 def test_a_run_that_the_network_ended_is_continued_by_the_same_command(hub: Hub, tmp_path: Path) -> None:
