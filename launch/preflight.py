@@ -165,7 +165,7 @@ class Measurement:
         report, device, place = self._report, self._meeting.device, self._meeting.place
         self._enter(0, "reading versions and code", alone=True)
         leader = self._hosts.index(report.host) == place.rank
-        code = facts.code_hashes(_ROOT)
+        code = facts.code_hashes(_ROOT) if leader else {}
         report.software = facts.software(dump(self._config.model_dump()) if self._config else "", code)
         self._enter(1, f"computing on its {device.type.upper().replace('CUDA', 'GPU')}", alone=True)
         if device.type == "cuda":
@@ -231,7 +231,10 @@ def hosts_of(meeting: Meeting) -> list[str]:
 
 def ranks_by_host(hosts: Sequence[str]) -> dict[str, list[int]]:
     """The ranks of every node."""
-    return {host: [rank for rank, other in enumerate(hosts) if other == host] for host in dict.fromkeys(hosts)}
+    ranks: dict[str, list[int]] = {}
+    for rank, host in enumerate(hosts):
+        ranks.setdefault(host, []).append(rank)
+    return ranks
 
 
 def _follow(meeting: Meeting, measurement: Measurement, seconds: float) -> int:

@@ -126,7 +126,7 @@ class Report(_Facts):
     phase: Phase
     error: str = ""
     software: dict[str, str] = {}
-    """Versions, and hashes of code and configuration."""
+    """Versions, hash of the configuration and, of the first rank of a node, of the code."""
     gpu: Gpu | None = None
     machine: Machine | None = None
     """Of the first rank of a node."""
@@ -141,25 +141,29 @@ class Report(_Facts):
 
 
 def software(config_text: str, code: dict[str, str]) -> dict[str, str]:
-    """The versions and hashes that must agree everywhere."""
+    """The versions and hashes that must agree everywhere; code: empty, or as from `code_hashes`."""
     import torch
 
     nccl = torch.cuda.nccl.version() if torch.version.cuda and torch.distributed.is_nccl_available() else ()
-    return {
+    versions = {
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "CUDA": torch.version.cuda or "none",
         "NCCL": ".".join(map(str, nccl)) or "none",
         "deepspeed": importlib.metadata.version("deepspeed"),
-        "code": hashlib.sha256(repr(sorted(code.items())).encode()).hexdigest()[:12],
-        "configuration": hashlib.sha256(config_text.encode()).hexdigest()[:12] if config_text else "none",
+        "configuration": _short_hash(config_text) if config_text else "none",
     }
+    return versions | ({"code": _short_hash(repr(sorted(code.items())))} if code else {})
 
 
 def code_hashes(root: Path) -> dict[str, str]:
     """The start of the SHA-256 of every Python file of the program, by its path in the checkout."""
     files = [file for folder in _CODE for file in sorted((root / folder).rglob("*.py"))]
     return {str(file.relative_to(root)): hashlib.sha256(file.read_bytes()).hexdigest()[:8] for file in files}
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def gpu_of(device: "torch.device") -> Gpu | None:

@@ -5,6 +5,7 @@ Beyond 16 nodes the table has only those that something was found on, and the ra
 
 import json
 import statistics
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,12 @@ def numbers_by_node(reports: Sequence[Report], hosts: Sequence[str]) -> dict[str
             numbers[name] = min(numbers.get(name, value), value)
     for name, pairs in (("pair_gbps", pair_rates(reports, hosts)), ("pair_latency_us", pair_latencies(reports, hosts))):
         scale = 1e-9 if name == "pair_gbps" else 1e6
-        for host, numbers in nodes.items():
-            if found := [value * scale for pair, value in pairs.items() if host in pair]:
-                numbers[name] = statistics.median(found)
+        of_node: dict[str, list[float]] = defaultdict(list)
+        for pair, value in pairs.items():
+            for host in pair:
+                of_node[host].append(value * scale)
+        for host, found in of_node.items():
+            nodes[host][name] = statistics.median(found)
     return nodes
 
 
@@ -87,7 +91,10 @@ def show(reports: Sequence[Report], hosts: Sequence[str], findings: Sequence[Fin
             numbers = (one.latency_seconds * 1e6, one.bytes / 1e6, one.algbw / 1e9, one.busbw / 1e9)
             table.add_row(one.operation, *(f"{number:.3g}" if number < 1000 else f"{number:.0f}" for number in numbers))
         console.print(table)
+    errors = sum(finding.level == "error" for finding in findings)
     for finding in findings:
+        if finding.level == "error" and errors == 1:
+            continue  # the error line tells it
         advice = f" ({exclusion(finding.nodes)})" if finding.nodes else ""
         console.print(f"{'warning' if finding.level == 'warning' else 'broken'}: {finding}{advice}")
 

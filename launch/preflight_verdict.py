@@ -134,7 +134,9 @@ def different_software(reports: Sequence[Report]) -> Iterator[Finding]:
     """Versions and hashes that differ from those of most nodes."""
     software = _first_of_nodes({report.rank: (report.host, report.software) for report in reports if report.software})
     for name in _MUST_AGREE:
-        for nodes, value, usual, others in outliers({host: words[name] for host, words in software.items()}):
+        for nodes, value, usual, others in outliers(
+            {host: words[name] for host, words in software.items() if name in words}
+        ):
             text = f"{name} {value} where {others} {usual}"
             if name == "code" and (files := _differing_files(reports, nodes[0], usual)):
                 text = f"another copy of the code: {files} not as where {others} {usual}"

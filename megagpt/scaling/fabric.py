@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 MOST_ROUNDS = 16
-"""Rounds of the tournament: all pairs of up to 17 nodes; of more nodes each meets 16 others."""
+"""Rounds of the tournament: all pairs of up to 16 nodes; of more nodes each meets 16 others, or 15."""
 
 _PROBE_BYTES = 1 << 20
 _SMALLEST_BYTES = 1 << 16

@@ -65,8 +65,8 @@ def test_a_node_without_gpus_among_nodes_with_them_is_named():
 def test_a_problem_of_some_ranks_is_told_once_with_the_first_and_the_count():
     everybody = on_gpus([["cpu"], ["cpu"], ["cpu"]])
     troubled = [everybody[0], *(replace(one, problem="no GPU", exit_code=2) for one in everybody[1:])]
-    assert contradiction(troubled) == ("[rank 1 on node1] no GPU (and on 1 more of 3 ranks)", 2)
-
+    message = "[rank 1 on node1] no GPU (and on 1 more of 3 ranks) (--exclude=node1,node2 leaves them out)"
+    assert contradiction(troubled) == (message, 2)
     assert contradiction([replace(one, problem="no GPU", exit_code=2) for one in everybody]) == ("no GPU", 2)
 
 
