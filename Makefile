@@ -8,7 +8,7 @@ STAMP  := $(VENV)/.installed
 JOBS   ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test lint benchmark soak format clean
+.PHONY: help setup quickstart test slurm lint benchmark soak format clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -31,6 +31,15 @@ quickstart: setup ## from Python's own text to samples of a small GPT, in a few 
 
 test: setup ## the whole test suite, JOBS=2 files at a time; what needs a GPU is skipped where there is none
 	@$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --no-loadscope-reorder
+
+# policy-rc.d keeps the packages from starting their daemons.
+slurm: ## Debian's Slurm, for the tests of slurm/; as root
+	@which slurmctld slurmd sbatch munged ip >/dev/null || { \
+	  test $$(id -u) = 0 || { echo "error: only root can install packages; run make slurm as root" >&2; exit 2; }; \
+	  policy=/usr/sbin/policy-rc.d; \
+	  test -e $$policy || { trap "rm -f $$policy" EXIT; printf '#!/bin/sh\nexit 101\n' >$$policy; chmod 755 $$policy; }; \
+	  apt-get -q -o DPkg::Lock::Timeout=300 update && DEBIAN_FRONTEND=noninteractive apt-get -q \
+	    -o DPkg::Lock::Timeout=300 install --yes --no-install-recommends slurmd slurmctld slurm-client munge iproute2; }
 
 lint: setup ## ruff (lint and format) and mypy
 	$(BIN)/ruff check .

@@ -15,7 +15,11 @@ fail() {  # one line, what and where and what to do; exit code 2: the user's to 
 RUN=() SRUN_OPTIONS=()
 source slurm/site.sh
 
-gpus=${SLURM_GPUS_ON_NODE:-0} nodes=$SLURM_JOB_NUM_NODES
+nodes=$SLURM_JOB_NUM_NODES gpus=${SLURM_GPUS_ON_NODE:-0}
+case ${CUDA_VISIBLE_DEVICES:-NoDevFiles} in  # with --exclusive the former counts those that were not asked for, too
+    NoDevFiles) ;;
+    *) gpus=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | wc -l) ;;
+esac
 tasks=${SLURM_NTASKS_PER_NODE:-1}
 if [ "$gpus" -gt 0 ] && [ "$tasks" = 1 ]; then tasks=$gpus; fi
 cpus=$((SLURM_CPUS_ON_NODE / tasks))

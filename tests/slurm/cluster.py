@@ -198,7 +198,7 @@ class Cluster:
 
         def value(key: str) -> str:
             found = re.search(rf"(?:^| ){key}=(.*?)(?= [A-Z][A-Za-z:/]*=|\s*$)", text)
-            return found[1] if found else ""
+            return found[1].strip() if found else ""
 
         code, number = value("ExitCode").split(":")
         nodes = value("NodeList")

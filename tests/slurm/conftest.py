@@ -1,14 +1,16 @@
-"""A cluster for all tests of this folder: four nodes, each a network and host name of its own."""
+"""The cluster that the tests of a session share, and a corpus that it has preprocessed."""
 
+import contextlib
 import hashlib
 import os
 import random
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.slurm.cluster import Cluster, missing
+from tests.slurm.cluster import Cluster, ClusterError, missing
 from tests.unit.corpus.texts import document, edited, write_jsonl
 
 ROOT = Path(__file__).parents[2]
@@ -16,12 +18,16 @@ SCRIPTS = ROOT / "slurm"
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+def cluster() -> Iterator[Cluster]:
+    """Four nodes with 2 fake GPUs each; jobs in the partition `urgent` preempt those in `main`, the default one."""
     if reason := missing():
         pytest.skip(reason)
-    # Slurm's spool folders hold sockets, whose paths must be short; a name that stays lets the next start clean up.
-    name = hashlib.sha256(os.fsencode(ROOT)).hexdigest()[:8]
-    with Cluster(Path(f"/tmp/megagpt-test-{name}"), cpus=8) as cluster:
+    prefix = f"megagpt-{hashlib.sha256(os.fsencode(ROOT)).hexdigest()[:8]}-"
+    for left_behind in Path(tempfile.gettempdir()).glob(prefix + "*"):
+        with contextlib.suppress(ClusterError):  # it belongs to a session that still runs
+            Cluster(left_behind).down()
+    partitions = ["main PriorityTier=1 GraceTime=20", "urgent PriorityTier=2 PreemptMode=OFF"]
+    with Cluster(Path(tempfile.gettempdir(), f"{prefix}{os.getpid()}"), cpus=8, partitions=partitions) as cluster:
         yield cluster
 
 

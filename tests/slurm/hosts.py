@@ -8,6 +8,7 @@ Each has a loopback of its own and a route to the switch, and to nothing else. W
 it, so that a host can be killed with everything on it, and nothing stays behind.
 """
 
+import contextlib
 import ipaddress
 import json
 import os
@@ -93,25 +94,22 @@ class Hosts:
 
     def start(self, name: str, command: Sequence[str], output: Path) -> int:
         """Run a daemon on a host until it is in the background; its exit code."""
-        inside = [
-            "ip",
-            "netns",
-            "exec",
-            self._space(name),
-            "unshare",
-            "--uts",
-            "sh",
-            "-c",
-            'hostname "$0" && exec "$@"',
-        ]
-        variables = {"PATH": PATH, "LC_ALL": "C"}
+        inside = ["ip", "netns", "exec", self._space(name), "unshare", "--uts"]
+        named = ["sh", "-c", 'hostname "$0" && exec "$@"', name]
         with output.open("w") as log:
             return subprocess.run(
-                [*inside, name, *command], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=variables, timeout=20
+                [*inside, *named, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={"PATH": PATH, "LC_ALL": "C"},
+                timeout=20,
             ).returncode
 
     def kill(self, name: str) -> None:
-        """SIGKILL for every process of a host."""
+        """SIGKILL for every process of a host. Raises HostsError if there is no such host."""
+        if not (_NETNS / self._space(name)).exists():
+            raise HostsError(f"there is no host {name}")
         _kill_all([self._space(name)])
 
     def plug(self, name: str, state: str) -> None:
@@ -128,7 +126,7 @@ class Hosts:
             _ip("netns", "delete", space)
         for files in _FILES.glob(f"{self.tag}-*"):
             shutil.rmtree(files)
-        if _FILES.exists() and not any(_FILES.iterdir()):
+        with contextlib.suppress(OSError):  # it holds the files of others, or has never been there
             _FILES.rmdir()
 
     def _space(self, name: str) -> str:
