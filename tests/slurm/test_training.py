@@ -105,12 +105,15 @@ def test_status_tells_the_story_of_the_run(lived: Run, cluster: Cluster):
 
 def test_a_time_limit_requeues_the_job_by_itself_and_the_run_goes_on(timed: tuple[Run, int], cluster: Cluster):
     run, job = timed
-    run.until(job, lambda: run.job(job).restarts >= 1, "the restart after the time limit", timeout=150)
-    run.until(job, lambda: len(run.records("start")) >= 2, "the second start of training", timeout=90)
-    cluster.scancel("--signal=KILL", job)
-    second = run.records("start")[1]
-    assert second["step"] == newest(run) > 0
-    assert [record["step"] for record in run.records("stop")][:1] in ([], [second["step"]])
+
+    def resumed() -> bool:  # Slurm looks at limits twice a minute: the first signal may come before the first step
+        return any(start["step"] for start in run.records("start"))
+
+    run.until(job, resumed, "a restart after the time limit that goes on from a checkpoint", timeout=200)
+    assert run.job(job).restarts >= 1
+    cluster.scancel(job)
+    cluster.wait(job, "CANCELLED")
+    assert run.steps == sorted(set(run.steps))
 
 
 def test_a_job_that_gets_nowhere_is_held_with_the_reason(cluster: Cluster, dataset: Path, tmp_path: Path):
@@ -144,7 +147,7 @@ def test_what_a_user_must_mend_ends_the_job_within_seconds_with_the_reason_first
     no_cuda = run.submit("--nodes=2", "--gpus-per-node=2", train__device="auto")
     reasons = {
         typo: (2, r"override train\.stepz=5: .*did you mean train\.steps\?"),
-        no_data: (1, r"/no/such/train\.idx"),
+        no_data: (1, r"/no/such/train\.(bin|idx): no such file"),
         no_cuda: (2, r"sees no GPU .*but Slurm gave this job 2"),
     }
     for job, (code, reason) in reasons.items():
