@@ -35,8 +35,9 @@ def timed(cluster: Cluster, dataset: Path, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def lived(timed: object, cluster: Cluster, dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run after signals, requeues, a power cut, a cancellation and changed numbers of nodes."""
-    run = Run(cluster, dataset, tmp_path_factory.mktemp("lived") / "run")
+    """A run after a signal, a requeue, a pre-emption, a power cut, a cancellation and changed numbers of nodes."""
+    tmp = tmp_path_factory.mktemp("lived")
+    run = Run(cluster, dataset, tmp / "run")
     job = run.submit("--nodes=1-3", "--exclude=node1", train__steps=1_000_000, cwd=ROOT / "docs")
     run.train_on(job, 15)
     assert len(run.job(job).nodes) == 3
@@ -49,13 +50,19 @@ def lived(timed: object, cluster: Cluster, dataset: Path, tmp_path_factory: pyte
     run.restarted(job, 2)
     run.train_on(job, 15)
 
+    urgent = run.run_dir.parent / "urgent.sh"
+    urgent.write_text("#!/bin/bash\nsleep 1\n")
+    cluster.sbatch(urgent, options=["--partition=urgent", "--nodes=3", "--exclude=node1", "--exclusive"], cwd=tmp)
+    run.restarted(job, 3)
+    run.train_on(job, 15)
+
     cluster.kill_node("node3", silently=True)
-    assert run.restarted(job, 3).nodes == ["node2", "node4"]  # fewer than before: --nodes=1-3
+    assert run.restarted(job, 4).nodes == ["node2", "node4"]  # fewer than before: --nodes=1-3
     run.train_on(job, 15)
     cluster.start_node("node3")
 
     cluster.scancel(job)
-    assert cluster.wait(job, "CANCELLED").restarts == 3
+    assert cluster.wait(job, "CANCELLED").restarts == 4
     saved = newest(run)
 
     for nodes, steps in ((1, saved + 10), (4, saved + 20)):
@@ -66,9 +73,9 @@ def lived(timed: object, cluster: Cluster, dataset: Path, tmp_path_factory: pyte
     return run
 
 
-def test_a_run_goes_on_through_signals_requeues_power_cuts_and_changing_nodes(lived: Run):
+def test_a_run_goes_on_through_signals_requeues_preemption_power_cuts_and_changing_nodes(lived: Run):
     starts = lived.records("start")
-    assert [start["world_size"] for start in starts] == [3, 3, 3, 2, 1, 4]
+    assert [start["world_size"] for start in starts] == [3, 3, 3, 3, 2, 1, 4]
     assert lived.steps == list(range(1, newest(lived) + 1))  # one file, every step once
 
 
@@ -90,7 +97,7 @@ def test_every_job_leaves_its_books_and_logs_by_rank_in_the_run_folder(lived: Ru
     folders = sorted((lived.run_dir / "logs").iterdir(), key=lambda folder: int(folder.name))
     assert len(folders) == 3
     first = [json.loads(line) for line in (folders[0] / "restarts.jsonl").read_text().splitlines()]
-    assert [line["restart"] for line in first if line["event"] == "start"] == [0, 1, 2, 3]
+    assert [line["restart"] for line in first if line["event"] == "start"] == [0, 1, 2, 3, 4]
     assert next(line["decision"] for line in first if line["event"] == "end") == "requeue"
     assert {path.name for path in folders[0].glob("rank_*.log")} == {"rank_0.log", "rank_1.log", "rank_2.log"}
     assert "step" in (folders[0] / "slurm.out").read_text()
