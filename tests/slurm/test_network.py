@@ -1,7 +1,6 @@
 """Ranks find each other on networks as they are: without names, over IPv6, past wrong interfaces and taken ports."""
 
 import os
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -30,14 +29,25 @@ def poor_cluster() -> Iterator[Cluster]:
         yield cluster
 
 
-@pytest.fixture
-def run(poor_cluster: Cluster, tmp_path: Path) -> Run:
+def five_steps(cluster: Cluster, folder: Path) -> Run:
     """A run of five steps on a dataset without tokenizer."""
     for split in ("train", "validation"):
-        write_dataset(tmp_path / split, 5000, seed=0)
-    run = Run(poor_cluster, tmp_path, tmp_path / "run")
+        write_dataset(folder / split, 5000, seed=0)
+    run = Run(cluster, folder, folder / "run")
     run.settings |= {"train.steps": 5, "schedule.warmup_steps": 1}
     return run
+
+
+@pytest.fixture
+def run(cluster: Cluster, tmp_path: Path) -> Run:
+    """On the cluster of all tests."""
+    return five_steps(cluster, tmp_path)
+
+
+@pytest.fixture
+def poor_run(poor_cluster: Cluster, tmp_path: Path) -> Run:
+    """On the poor one."""
+    return five_steps(poor_cluster, tmp_path)
 
 
 def finished(run: Run, body: str, nodes: int = 2) -> str:
@@ -53,28 +63,29 @@ def finished(run: Run, body: str, nodes: int = 2) -> str:
     return run.cluster.output(job)
 
 
-def test_ranks_meet_by_the_address_that_slurm_uses_where_names_do_not_resolve_and_a_port_is_taken(run: Run):
+def test_ranks_meet_by_the_address_that_slurm_uses_where_names_do_not_resolve_and_a_port_is_taken(poor_run: Run):
     taken = "import os,socket,time; from launch.environment import ports_of_step as p; "
     taken += 's=socket.create_server(("", p(int(os.environ["SLURM_JOB_ID"]), 0)[0])); time.sleep(60)'
-    assert subprocess.run(["getent", "hosts", "node1"], capture_output=True, check=False).returncode
-    output = finished(run, f"{PYTHON} -c '{taken}' &\nsleep 2; srun $TRAIN; code=$?; kill %1; exit $code")
+    output = finished(
+        poor_run,
+        f"! getent hosts node1 || exit 3\n{PYTHON} -c '{taken}' &\nsleep 2; srun $TRAIN; code=$?; kill %1; exit $code",
+    )
     assert "ranks    2, started by Slurm; rank 0 is at node1" in output
 
 
-def test_ranks_meet_over_ipv6(run: Run):
+def test_ranks_meet_over_ipv6(poor_run: Run):
     address = next(
         entry
-        for entry in run.cluster.run("ip", "-n", f"{run.cluster.hosts.tag}-node1", "-o", "addr").split()
+        for entry in poor_run.cluster.run("ip", "-n", f"{poor_run.cluster.hosts.tag}-node1", "-o", "addr").split()
         if "fd00:" in entry
     ).partition("/")[0]
-    output = finished(run, f"MASTER_ADDR={address} srun $TRAIN")
+    output = finished(poor_run, f"MASTER_ADDR={address} srun $TRAIN")
     assert f"rank 0 is at {address}" in output
 
 
 def test_one_torchrun_a_node_makes_one_world_of_all_nodes(run: Run):
-    address = run.cluster.run("scontrol", "show", "node", "node1").split("NodeAddr=")[1].split()[0]
     torchrun = "-m torch.distributed.run --nnodes=2 --nproc-per-node=2 --rdzv-backend=c10d"
-    finished(run, f"srun {PYTHON} {torchrun} --rdzv-endpoint={address}:29411 --rdzv-id=1 ${{TRAIN#{PYTHON}}}")
+    finished(run, f"srun {PYTHON} {torchrun} --rdzv-endpoint=node1:29411 --rdzv-id=1 ${{TRAIN#{PYTHON}}}")
     assert run.records("start")[0]["world_size"] == 4
 
 
@@ -88,5 +99,5 @@ def test_torchruns_that_do_not_know_of_each_other_stop_with_one_line(run: Run):
 
 
 def test_host_lists_expand_as_slurm_expands_them(poor_cluster: Cluster):
-    for text in ("node[1-3,7]", "a[01-03],b", "r[1-2]n[09-11]", "x-3.c", "g[001,003-004]y"):
+    for text in ("node[1-3,7]", "a[01-03],b", "r[1-2]n[09-11]", "x-3.c"):
         assert expand_hosts(text) == poor_cluster.run("scontrol", "show", "hostnames", text).split()

@@ -1,14 +1,17 @@
 """The other scripts: what they make on a cluster is what the commands make on one machine."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from megagpt.training.checkpoint import find_checkpoint, load_weights
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import ROOT, SCRIPTS
-from tests.slurm.runs import CPUS, Run
+from tests.slurm.runs import CPUS, MODEL, Run
 from tests.unit.corpus.test_pipeline import contents
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
@@ -46,7 +49,7 @@ def test_preprocessing_without_a_common_mpi_is_refused_not_done_three_times(
 
 
 def test_generate_samples_from_a_run(trained: Run, cluster: Cluster, tmp_path: Path):
-    arguments = [trained.run_dir, "--prompt", "the", "--max-new-tokens", "20", "--seed", "3"]
+    arguments = [trained.run_dir, "--prompt", "the", "--max-tokens", "20", "--seed", "3"]
     job = cluster.sbatch(
         SCRIPTS / "generate.sh", *arguments, options=[*CPUS, f"--output={tmp_path}/job.out"], cwd=ROOT / "slurm"
     )
@@ -56,3 +59,39 @@ def test_generate_samples_from_a_run(trained: Run, cluster: Cluster, tmp_path: P
     )
     assert alone.stdout.strip()
     assert alone.stdout.strip() in cluster.output(job)
+
+
+def test_convert_writes_what_transformers_reads(trained: Run, cluster: Cluster, tmp_path: Path):
+    export = tmp_path / "export"
+    options = [*CPUS, f"--output={tmp_path}/job.out"]
+    job = cluster.sbatch(SCRIPTS / "convert.sh", trained.run_dir, export, "--to", "hf", options=options, cwd=ROOT)
+    cluster.wait(job, "COMPLETED", timeout=120)
+    model = pytest.importorskip("transformers").AutoModelForCausalLM.from_pretrained(export)
+    ours = load_weights(find_checkpoint(trained.run_dir))
+    assert torch.equal(model.get_input_embeddings().weight, ours["embedding.weight"])
+
+
+def test_a_scaling_study_runs_a_job_for_each_size_and_reports_after_all(
+    cluster: Cluster, dataset: Path, tmp_path: Path
+):
+    overrides = {name: value for name, value in MODEL.items() if name not in ("train.device", "checkpoint.every")}
+    overrides |= {"data.train.0.path": str(dataset / "train"), "data.validation": [], "train.device": "cpu"}
+    study = {
+        "configs": ["configs/small.yaml"],
+        "nodes": [1, 2],
+        "ranks_per_node": 1,
+        "cores_per_rank": 1,
+        "steps": 12,
+        "discard_steps": 4,
+        "overrides": overrides,
+    }
+    (tmp_path / "study.yaml").write_text(json.dumps(study))
+    output = tmp_path / "out"
+    arguments = ["strong", tmp_path / "study.yaml", "--output", output]
+    job = cluster.sbatch(SCRIPTS / "scaling.sh", *arguments, options=[f"--output={tmp_path}/job.out"], cwd=ROOT)
+    cluster.wait(job, "COMPLETED", timeout=60)
+    assert cluster.output(job).count(": job ") == 3
+    cluster.until(lambda: (output / "report/results.json").exists(), 180, f"no report{cluster.report(job)}")
+    results = json.loads((output / "report/results.json").read_text())
+    assert results
+    assert (output / "report/study.html").stat().st_size > 10_000
