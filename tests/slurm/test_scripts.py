@@ -81,7 +81,7 @@ def test_a_scaling_study_runs_a_job_for_each_size_and_reports_after_all(
         "nodes": [1, 2],
         "ranks_per_node": 1,
         "cores_per_rank": 1,
-        "steps": 12,
+        "steps": 16,
         "discard_steps": 4,
         "overrides": overrides,
     }
