@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from megagpt.errors import UsageError
+from megagpt.errors import UsageError, UserError
 from megagpt.scaling.experiments import StoredStudy, StudyFolder, is_locked, locked
 from megagpt.scaling.report import versions, write_report
 from megagpt.scaling.slurm import Slurm
 from megagpt.scaling.study import Kind, load_study, plan
-from tools.command import run_command
+from tools.command import fail, run_command
 
 PROGRAM = "python -m tools.scaling"
 
@@ -98,7 +98,7 @@ def _run(kind: Kind, file: Path, output: Path, words: list[str], use_slurm: bool
             print(f"{entry.name}: {entry.nodes} nodes, {entry.ranks} ranks, global batch {train.global_batch_size}, "
                   f"lr {entry.config.optimizer.lr:.3g}")  # fmt: skip
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(fail("terminated", 128 + signal.SIGTERM)))
     launcher = "slurm" if use_slurm else "torchrun"
     stored = StoredStudy(
         kind=kind, launcher=launcher, source=str(file), versions=versions(), study=study,
@@ -113,6 +113,8 @@ def _run(kind: Kind, file: Path, output: Path, words: list[str], use_slurm: bool
         settle(folder)
         run_all(folder, _say)
     _report(folder)
+    if failed := len(folder.to_run()):
+        raise UserError(f"{failed} of {len(folder.entries)} runs failed; the same command tries them again")
 
 
 def _report(folder: StudyFolder) -> None:

@@ -16,6 +16,7 @@ import fcntl
 import os
 import re
 import shutil
+import signal
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -166,6 +167,8 @@ class EntryFolder:
         """
         finished = error is None and not exit_code and self.is_finished(attempt)
         attempt.state = "finished" if finished else "failed"
+        if exit_code is not None and exit_code < 0:
+            otherwise = f"killed by {signal.Signals(-exit_code).name}"
         attempt.error = None if finished else error or last_error(self.log(attempt)) or otherwise
         attempt.ended, attempt.exit_code = time.time(), exit_code
         if finished and not keep_checkpoints:
@@ -263,16 +266,15 @@ def is_locked(path: Path) -> bool:
 
 
 def last_error(log: Path) -> str | None:
-    """The line of a log that says best why its program failed: `error: ...`, an exception's, any error's, the last."""
+    """The line of a log that says best why its program failed: the last `error: ...`, or an exception, or any error."""
     if not log.is_file():
         return None
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     ours = [line for line in lines if "ChildFailedError" not in line and "SignalException" not in line]
-    for pattern in (r"error: ", r"[\w.]*(?:Error|Exception|Interrupt)\b(?::|$)", r".*\b(?:error|ERROR): ", r"."):
-        found = [line for line in ours if re.match(pattern, line) and set(line) - set("=-*")]
-        if found:
+    for pattern in (r"error: ", r"[\w.]*(?:Error|Exception|Interrupt)\b(?::|$)", r".*\b(?:error|ERROR): "):
+        if found := [line for line in ours if re.match(pattern, line)]:
             return found[-1].removeprefix("error: ")[:_LONGEST_ERROR]
     return None
 
