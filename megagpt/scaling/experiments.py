@@ -273,7 +273,8 @@ def last_error(log: Path) -> str | None:
         file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     ours = [line for line in lines if "ChildFailedError" not in line and "SignalException" not in line]
-    for pattern in (r"error: ", r"[\w.]*(?:Error|Exception|Interrupt)\b(?::|$)", r".*\b(?:error|ERROR): "):
+    exception = r"[\w.]*(?:Error|Exception|Interrupt)\b(?::|$)"
+    for pattern in (r"error: ", exception, r"slurmstepd\S* error: ", r".*\b(?:error|ERROR): "):
         if found := [line for line in ours if re.match(pattern, line)]:
             return found[-1].removeprefix("error: ")[:_LONGEST_ERROR]
     return None
