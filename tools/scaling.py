@@ -94,9 +94,9 @@ def _run(kind: Kind, file: Path, output: Path, words: list[str], use_slurm: bool
         check_machine(study, entries)
     if check:
         for entry in entries:
-            train = entry.config.train
-            print(f"{entry.name}: {entry.nodes} nodes, {entry.ranks} ranks, global batch {train.global_batch_size}, "
-                  f"lr {entry.config.optimizer.lr:.3g}")  # fmt: skip
+            ranks, nodes = (f"{n} {what}{'s' * (n > 1)}" for n, what in ((entry.ranks, "rank"), (entry.nodes, "node")))
+            batch, lr = entry.config.train.global_batch_size, entry.config.optimizer.lr
+            _say(f"{entry.name}: {ranks} on {nodes}, global batch {batch}, lr {lr:.3g}")
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(fail("terminated", 128 + signal.SIGTERM)))
     launcher = "slurm" if use_slurm else "torchrun"

@@ -69,7 +69,8 @@ def run_all(folder: StudyFolder, report: Callable[[str], None]) -> None:
         if entry.state == "running" and (attempt := entry.last):
             pids = ", ".join(map(str, _processes_of(entry.run_dir(attempt))))
             raise UserError(f"{entry.path}: still runs, though its study was killed; wait, or end processes {pids}")
-    todo = folder.to_run()
+    # Repeats come last, so that a machine that is busy for a while slows one run of every point and not all of one.
+    todo = sorted(folder.to_run(), key=lambda entry: entry.stored.repeat)
     done = len(folder.entries) - len(todo)
     report(f"{len(folder.entries)} runs, of which {done} are finished")
     for entry in todo:
