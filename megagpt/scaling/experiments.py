@@ -199,10 +199,8 @@ class StudyFolder:
     def create(cls, path: Path, stored: StoredStudy, planned: Sequence[Entry]) -> "StudyFolder":
         """The folder for these runs, empty or as far as an earlier command came; to be called inside `locked`.
 
-        Raises UsageError if it holds something else: another study's runs, a study of the other kind, other files.
+        Raises UsageError if it holds something else: another study's runs, or a study of the other kind.
         """
-        if not (path / "study.json").exists() and [file for file in path.iterdir() if file.name != ".lock"]:
-            raise UsageError(f"--output {path}: has files, but no study; choose another folder")
         known: dict[str, EntryFolder] = {}
         if (path / "study.json").exists():
             before = cls.open(path)
@@ -233,9 +231,14 @@ class StudyFolder:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Be the only command that starts runs of the study in `path`. Raises UserError naming the other one."""
+    """Be the only command that starts runs of the study in `path`, a new folder or one with a study.
+
+    Raises UsageError for a folder with other files, UserError naming the other command.
+    """
     if path.exists() and not path.is_dir():
         raise UsageError(f"--output {path}: is a file; name a folder for the study")
+    if path.exists() and {file.name for file in path.iterdir()} - {".lock"} and not (path / "study.json").exists():
+        raise UsageError(f"--output {path}: has files, but no study; choose another folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / ".lock").open("a+", encoding="utf-8")

@@ -139,7 +139,7 @@ def _draw_prediction(drawn: Drawn, theme: Theme) -> "Figure | None":
         axes.plot(ranks, ideal, color=theme.quiet, linewidth=0.8, linestyle=":", label="ideal")
         _error_bars(axes, curve.points, [point.step_seconds.interval for point in curve.points], theme.ink, "o", "")
         axes.lines[-1].set_label("measured")
-        if predicted:
+        if max(predicted, default=0) > measured[-1]:
             axes.axvline(measured[-1], color=theme.quiet, linewidth=0.8, linestyle=LINES[1])
         axes.set(xlabel="ranks", ylabel="seconds/step", title=curve.name)
         if drawn.kind == "strong":

@@ -30,9 +30,6 @@ UNKNOWN = "–"
 PIXELS_A_REM = 28
 """Of the pictures."""
 
-_FURTHEST = 8
-"""Ranks are extrapolated to this many times the largest measured number, unless the study says otherwise."""
-
 
 @dataclass(frozen=True)
 class Reported:
@@ -105,18 +102,16 @@ def percent(share: float) -> str:
 
 
 def _further_ranks(folder: StudyFolder, curve: Curve) -> list[int]:
-    """The numbers of ranks to predict: of a strong study only what can share its batch."""
+    """The numbers of ranks to predict; unless the study names them, of a strong one those that can share its batch."""
     study, last = folder.stored.study, curve.points[-1]
-    ranks = list(study.extrapolate_to)
-    if not ranks:
-        multiple = 2
-        while multiple <= _FURTHEST:
-            ranks.append(last.ranks * multiple)
-            multiple *= 2
-    if folder.stored.kind == "strong":
-        micro = last.runs[0].entry.stored.run_config().train.micro_batch_size or 1
-        ranks = [count for count in ranks if last.batch % (count * micro) == 0]
-    return [count for count in sorted(set(ranks)) if count > last.ranks]
+    if study.extrapolate_to:
+        measured = [point.ranks for point in curve.points]
+        return [count for count in study.extrapolate_to if count not in measured]
+    doubled = [last.ranks * multiple for multiple in (2, 4, 8)]
+    if folder.stored.kind == "weak":
+        return doubled
+    micro = last.runs[0].entry.stored.run_config().train.micro_batch_size or 1
+    return [count for count in doubled if last.batch % (count * micro) == 0]
 
 
 def _rule(folder: StudyFolder, curves: list[Curve]) -> list[str]:

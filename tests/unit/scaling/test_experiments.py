@@ -54,8 +54,11 @@ def test_runs_of_another_configuration_are_refused_by_name(tmp_path):
 def test_a_folder_with_other_files_is_refused(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").touch()
-    with pytest.raises(UsageError, match="has files, but no study"):
-        create(tmp_path / "out", "strong", load_study(write_study(tmp_path)))
+    with pytest.raises(UsageError, match="has files, but no study"), locked(tmp_path / "out"):
+        pass
+    with pytest.raises(UsageError, match="is a file"), locked(tmp_path / "out" / "thesis.tex"):
+        pass
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["thesis.tex"]
     with pytest.raises(UsageError, match="no study"):
         StudyFolder.open(tmp_path / "out")
 

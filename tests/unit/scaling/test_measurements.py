@@ -78,7 +78,8 @@ def test_repeated_runs_are_a_point_whose_interval_is_that_of_their_means(tmp_pat
                             ranks=[1, 2])  # fmt: skip
     (curve,) = measure(folder).curves
     for point in curve.points:
-        expected = stats.t.interval(0.95, 2, np.mean([1, 1.1, 1.3]), stats.sem([1, 1.1, 1.3]))
+        mean, error = np.mean([1, 1.1, 1.3]), stats.sem([1, 1.1, 1.3])
+        expected = mean * np.exp(stats.t.interval(0.95, 2, 0, error / mean))  # of the logarithm, to first order
         interval = point.step_seconds.interval
         assert (interval.low, interval.high) == pytest.approx(expected, rel=1e-6)
 

@@ -128,6 +128,26 @@ def test_an_impossible_study_is_told_what_to_mend(tmp_path, keys, message):
     assert "study.yaml:" in str(caught.value)
 
 
+def test_a_prediction_for_more_ranks_than_the_batch_has_sequences_is_refused(tmp_path):
+    study = load_study(write_study(tmp_path, extrapolate_to=[32, 48], overrides={"train.micro_batch_size": 2}))
+    with pytest.raises(ConfigError, match="extrapolate_to: the batch of tiny is for 32 ranks at most, not for 48"):
+        plan(study, "strong")
+    assert plan(study, "weak")
+
+
+def test_configurations_with_the_same_name_are_told_apart(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        write_config(tmp_path / folder, train={"seed": ord(folder)})
+    study = load_study(write_study(tmp_path, configs=[str(tmp_path / folder / "tiny.yaml") for folder in ("a", "b")]))
+    curves = {entry.curve: entry.config.train.seed for entry in plan(study, "weak")}
+    assert curves == {"a/tiny": ord("a"), "b/tiny": ord("b")}
+
+
+def test_null_may_be_written_out(tmp_path):
+    assert load_study(write_study(tmp_path, cores_per_rank=None), ["ranks_per_node=null"]).cores_per_rank is None
+
+
 def test_two_names_for_one_configuration_are_refused(tmp_path):
     study = load_study(write_study(tmp_path, matrix={"a": {"x": {"train.seed": 1}, "y": {"train.seed": 1}}}))
     with pytest.raises(ConfigError, match="x and y are the same configuration"):
