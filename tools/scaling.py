@@ -22,7 +22,10 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="A study, a YAML file: configs/scaling/cpu.yaml")]
 Words = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[key=value]... [-- OPTIONS]", help="Changes to the study; after --: options of sbatch."),
+    typer.Argument(
+        metavar="[key=value]...",
+        help="Changes to the study; after -- options of sbatch for all jobs: --partition=gpu --time=30",
+    ),
 ]
 Output = Annotated[Path, typer.Option(help="Folder of the study; what is in it already is not run again.")]
 UseSlurm = Annotated[bool, typer.Option("--slurm", help="Submit one job a run, and one that reports after all.")]
