@@ -1,4 +1,4 @@
-"""python -m tools.config_docs: write docs/configuration.md and docs/corpus_configuration.md from the schemas."""
+"""python -m tools.config_docs: write docs/configuration.md and its like for corpora and studies from the schemas."""
 
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +8,7 @@ import typer
 from megagpt.config.reference import reference
 from megagpt.corpus.config import CorpusConfig
 from megagpt.errors import UserError
+from megagpt.scaling.study import StudyConfig
 from tools.command import run_command, single_command
 
 PROGRAM = "python -m tools.config_docs"
@@ -23,11 +24,25 @@ and by flags, which win:
 
 `execution`, `output` and `max_bad` never change a byte of the dataset; all else does, and is in its manifest.
 """
+_STUDY_HEAD = """\
+# Configuration of a scaling study
+
+<!-- Written by `python -m tools.config_docs` from megagpt/scaling/study.py; change that file and run it again. -->
+
+What `python -m tools.scaling` measures is configured by a YAML file (configs/scaling/ has some) and by `key=value`
+arguments, which win; `section.key=value` is a key of the runs' own configuration, for all of them:
+
+    python -m tools.scaling strong configs/scaling/gpu.yaml --output runs/scaling/gpu repeats=1 train.micro_batch_size=8
+"""
 
 
 def pages() -> dict[str, str]:
     """The pages by their names."""
-    return {"configuration.md": reference(), "corpus_configuration.md": reference(CorpusConfig, _CORPUS_HEAD)}
+    return {
+        "configuration.md": reference(),
+        "corpus_configuration.md": reference(CorpusConfig, _CORPUS_HEAD),
+        "scaling_configuration.md": reference(StudyConfig, _STUDY_HEAD),
+    }
 
 
 def main(

@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 
-from megagpt.errors import UsageError
+from megagpt.errors import UsageError, UserError
 from megagpt.scaling.experiments import StoredStudy, StudyFolder, is_locked, locked
 from megagpt.scaling.report import versions, write_report
 from megagpt.scaling.slurm import Slurm
 from megagpt.scaling.study import Kind, load_study, plan
-from tools.command import run_command
+from tools.command import fail, run_command
 
 PROGRAM = "python -m tools.scaling"
 
@@ -22,7 +22,10 @@ app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions
 StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="A study, a YAML file: configs/scaling/cpu.yaml")]
 Words = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[key=value]... [-- OPTIONS]", help="Changes to the study; after --: options of sbatch."),
+    typer.Argument(
+        metavar="[key=value]...",
+        help="Changes to the study; after -- options of sbatch for all jobs: --partition=gpu --time=30",
+    ),
 ]
 Output = Annotated[Path, typer.Option(help="Folder of the study; what is in it already is not run again.")]
 UseSlurm = Annotated[bool, typer.Option("--slurm", help="Submit one job a run, and one that reports after all.")]
@@ -94,11 +97,11 @@ def _run(kind: Kind, file: Path, output: Path, words: list[str], use_slurm: bool
         check_machine(study, entries)
     if check:
         for entry in entries:
-            train = entry.config.train
-            print(f"{entry.name}: {entry.nodes} nodes, {entry.ranks} ranks, global batch {train.global_batch_size}, "
-                  f"lr {entry.config.optimizer.lr:.3g}")  # fmt: skip
+            ranks, nodes = (f"{n} {what}{'s' * (n > 1)}" for n, what in ((entry.ranks, "rank"), (entry.nodes, "node")))
+            batch, lr = entry.config.train.global_batch_size, entry.config.optimizer.lr
+            _say(f"{entry.name}: {ranks} on {nodes}, global batch {batch}, lr {lr:.3g}")
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(fail("terminated", 128 + signal.SIGTERM)))
     launcher = "slurm" if use_slurm else "torchrun"
     stored = StoredStudy(
         kind=kind, launcher=launcher, source=str(file), versions=versions(), study=study,
@@ -113,6 +116,8 @@ def _run(kind: Kind, file: Path, output: Path, words: list[str], use_slurm: bool
         settle(folder)
         run_all(folder, _say)
     _report(folder)
+    if failed := len(folder.to_run()):
+        raise UserError(f"{failed} of {len(folder.entries)} runs failed; the same command tries them again")
 
 
 def _report(folder: StudyFolder) -> None:

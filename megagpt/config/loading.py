@@ -73,7 +73,8 @@ def load_section(
             for end in range(1, len(key_path) + 1):
                 sources.setdefault(key_path[:end], source)
             sources |= {(*key_path, *inner): source for inner in inner_paths}
-    tree = {name: {} if value is None else value for name, value in tree.items()}  # "logging:" with nothing below
+    nullable = {name for name, field in schema.model_fields.items() if field.default is None}
+    tree = {name: {} if value is None and name not in nullable else value for name, value in tree.items()}  # "logging:"
     tree = _known_keys(tree, schema, schema, (), sources, problems)
     try:
         config = schema.model_validate(tree)

@@ -16,6 +16,7 @@ import fcntl
 import os
 import re
 import shutil
+import signal
 import socket
 import time
 from collections.abc import Iterator, Sequence
@@ -166,6 +167,8 @@ class EntryFolder:
         """
         finished = error is None and not exit_code and self.is_finished(attempt)
         attempt.state = "finished" if finished else "failed"
+        if exit_code is not None and exit_code < 0:
+            otherwise = f"killed by {signal.Signals(-exit_code).name}"
         attempt.error = None if finished else error or last_error(self.log(attempt)) or otherwise
         attempt.ended, attempt.exit_code = time.time(), exit_code
         if finished and not keep_checkpoints:
@@ -196,10 +199,8 @@ class StudyFolder:
     def create(cls, path: Path, stored: StoredStudy, planned: Sequence[Entry]) -> "StudyFolder":
         """The folder for these runs, empty or as far as an earlier command came; to be called inside `locked`.
 
-        Raises UsageError if it holds something else: another study's runs, a study of the other kind, other files.
+        Raises UsageError if it holds something else: another study's runs, or a study of the other kind.
         """
-        if not (path / "study.json").exists() and [file for file in path.iterdir() if file.name != ".lock"]:
-            raise UsageError(f"--output {path}: has files, but no study; choose another folder")
         known: dict[str, EntryFolder] = {}
         if (path / "study.json").exists():
             before = cls.open(path)
@@ -230,9 +231,14 @@ class StudyFolder:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Be the only command that starts runs of the study in `path`. Raises UserError naming the other one."""
+    """Be the only command that starts runs of the study in `path`, a new folder or one with a study.
+
+    Raises UsageError for a folder with other files, UserError naming the other command.
+    """
     if path.exists() and not path.is_dir():
         raise UsageError(f"--output {path}: is a file; name a folder for the study")
+    if path.exists() and {file.name for file in path.iterdir()} - {".lock"} and not (path / "study.json").exists():
+        raise UsageError(f"--output {path}: has files, but no study; choose another folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / ".lock").open("a+", encoding="utf-8")
@@ -263,16 +269,16 @@ def is_locked(path: Path) -> bool:
 
 
 def last_error(log: Path) -> str | None:
-    """The line of a log that says best why its program failed: `error: ...`, an exception's, any error's, the last."""
+    """The line of a log that says best why its program failed: the last `error: ...`, or an exception, or any error."""
     if not log.is_file():
         return None
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - _TAIL_BYTES))
         lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     ours = [line for line in lines if "ChildFailedError" not in line and "SignalException" not in line]
-    for pattern in (r"error: ", r"[\w.]*(?:Error|Exception|Interrupt)\b(?::|$)", r".*\b(?:error|ERROR): ", r"."):
-        found = [line for line in ours if re.match(pattern, line) and set(line) - set("=-*")]
-        if found:
+    exception = r"[\w.]*(?:Error|Exception|Interrupt)\b(?::|$)"
+    for pattern in (r"error: ", exception, r"slurmstepd\S* error: ", r".*\b(?:error|ERROR): "):
+        if found := [line for line in ours if re.match(pattern, line)]:
             return found[-1].removeprefix("error: ")[:_LONGEST_ERROR]
     return None
 

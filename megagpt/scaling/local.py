@@ -53,21 +53,24 @@ def check_machine(study: StudyConfig, entries: Sequence[Entry]) -> None:
 
 
 def settle(folder: StudyFolder) -> None:
-    """Write down the end of attempts whose command was killed. Raises UserError if one of them still runs."""
+    """Write down the end of runs whose command was killed; those that go on without it stay as they are."""
     for entry in folder.entries:
-        if entry.state == "running" and (attempt := entry.last):
-            if pids := _processes_of(entry.run_dir(attempt)):
-                raise UserError(
-                    f"{entry.path}: still runs, though its study was killed (processes {', '.join(map(str, pids))}); "
-                    "end them, or wait"
-                )
+        if entry.state == "running" and (attempt := entry.last) and not _processes_of(entry.run_dir(attempt)):
             killed = "the command that ran the study was killed"
             entry.end(attempt, None, folder.stored.study.keep_checkpoints, otherwise=killed)
 
 
 def run_all(folder: StudyFolder, report: Callable[[str], None]) -> None:
-    """Run what is missing or failed; `report` is given a line about each. A run that fails does not stop the others."""
-    todo = folder.to_run()
+    """Run what is missing or failed; `report` is given a line about each. A run that fails does not stop the others.
+
+    Raises UserError if a run goes on whose command was killed: it would disturb the others.
+    """
+    for entry in folder.entries:
+        if entry.state == "running" and (attempt := entry.last):
+            pids = ", ".join(map(str, _processes_of(entry.run_dir(attempt))))
+            raise UserError(f"{entry.path}: still runs, though its study was killed; wait, or end processes {pids}")
+    # Repeats come last, so that a machine that is busy for a while slows one run of every point and not all of one.
+    todo = sorted(folder.to_run(), key=lambda entry: entry.stored.repeat)
     done = len(folder.entries) - len(todo)
     report(f"{len(folder.entries)} runs, of which {done} are finished")
     for entry in todo:

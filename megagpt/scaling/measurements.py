@@ -42,9 +42,9 @@ class Mean:
 
     @property
     def interval(self) -> Interval:
-        """95%."""
-        half = float(stats.t.ppf(0.975, self.freedom)) * self.error
-        return Interval(self.value, self.value - half, self.value + half)
+        """95%, by the logarithm: of what is above 0 both ends are, however wide it is."""
+        factor = math.exp(float(stats.t.ppf(0.975, self.freedom)) * self.error / self.value)
+        return Interval(self.value, self.value / factor, self.value * factor)
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,6 @@ class StudyPicture:
     """How to read it."""
     draw: "Callable[[Drawn, Theme], Figure | None]"
     """Draws it; None: the study has no data for it."""
-    wide: bool = False
-    """Whether it has panels side by side."""
 
     def render(self, drawn: Drawn) -> bytes | None:
         """As a PNG file; None: the study has no data for it."""
@@ -65,11 +63,11 @@ def _draw_throughput(drawn: Drawn, theme: Theme) -> "Figure | None":
     figure, (axes,) = _panels(1)
     axes.set(xlabel="ranks", ylabel="tokens/s", title="Throughput", yscale="log")
     for number, curve in enumerate(drawn.curves):
-        _points(axes, curve, [point.tokens_per_second for point in curve.points], theme, number)
+        _points(axes, curve, [point.tokens_per_second for point in curve.points], theme, number, len(drawn.curves))
         ranks = np.array([point.ranks for point in curve.points])
         rate = curve.base.tokens_per_second.value / curve.base.ranks
         axes.plot(ranks, rate * ranks, color=theme.quiet, linewidth=0.8, linestyle=":",
-                  label="ideal" if number == 0 else None, zorder=1)  # fmt: skip
+                  label="ideal" if curve is drawn.curves[-1] else None, zorder=1)  # fmt: skip
     _scale_ranks(axes, [point.ranks for curve in drawn.curves for point in curve.points])
     _scale_plain(axes, lambda value: compact(value))
     _legend(figure, axes)
@@ -85,10 +83,10 @@ def _draw_efficiency(drawn: Drawn, theme: Theme) -> "Figure | None":
     highest = 100.0
     for number, curve in enumerate(drawn.curves):
         shares = [_scaled(curve.efficiency(point), 100) for point in curve.points]
-        _points(axes, curve, shares, theme, number)
-        highest = max([highest, *(share.value for share in shares)])
+        _points(axes, curve, shares, theme, number, len(drawn.curves))
+        highest = max([highest, *(share.value for share in shares), *(min(share.high, 150.0) for share in shares)])
     _scale_ranks(axes, [point.ranks for curve in drawn.curves for point in curve.points])
-    axes.set_ylim(0, 1.12 * highest)
+    axes.set_ylim(0, 1.06 * highest)
     _legend(figure, axes)
     return figure
 
@@ -98,6 +96,7 @@ def _draw_time(drawn: Drawn, theme: Theme) -> "Figure | None":
     if not drawn.curves:
         return None
     from matplotlib.patches import Patch
+    from matplotlib.patheffects import Normal, Stroke
 
     figure, all_axes = _panels(len(drawn.curves))
     for axes, curve in zip(all_axes, drawn.curves, strict=True):
@@ -109,7 +108,8 @@ def _draw_time(drawn: Drawn, theme: Theme) -> "Figure | None":
             bottom += seconds
         for place, point in zip(places, curve.points, strict=True):
             ideal = _ideal_seconds(drawn.kind, curve, point.ranks)
-            axes.plot([place - 0.4, place + 0.4], [ideal, ideal], color=theme.ink, linewidth=1.6)
+            axes.plot([place - 0.4, place + 0.4], [ideal, ideal], color=theme.ink, linewidth=1.8,
+                      path_effects=[Stroke(linewidth=4, foreground=theme.paper), Normal()])  # fmt: skip
         axes.set_xticks(places, [str(point.ranks) for point in curve.points])
         axes.grid(visible=False, axis="x")
         axes.set(xlabel="ranks", ylabel="seconds/step", title=curve.name)
@@ -139,11 +139,12 @@ def _draw_prediction(drawn: Drawn, theme: Theme) -> "Figure | None":
         axes.plot(ranks, ideal, color=theme.quiet, linewidth=0.8, linestyle=":", label="ideal")
         _error_bars(axes, curve.points, [point.step_seconds.interval for point in curve.points], theme.ink, "o", "")
         axes.lines[-1].set_label("measured")
-        if predicted:
+        if max(predicted, default=0) > measured[-1]:
             axes.axvline(measured[-1], color=theme.quiet, linewidth=0.8, linestyle=LINES[1])
         axes.set(xlabel="ranks", ylabel="seconds/step", title=curve.name)
         if drawn.kind == "strong":
             axes.set_yscale("log")
+            axes.set_ylim(bottom=0.6 * min(one.low for one in seconds))
             _scale_plain(axes, lambda value: f"{value:g}")
         else:
             axes.set_ylim(0, 1.5 * max(one.value for one in seconds))
@@ -171,7 +172,6 @@ PICTURES = (
         "Means of all measured steps. Communication is part of forward-backward (reduction of gradients) and of "
         "optimizer (gathering of weights); rest of step is what the metrics do not split further.",
         _draw_time,
-        wide=True,
     ),
     StudyPicture(
         "prediction",
@@ -179,7 +179,6 @@ PICTURES = (
         "Right of the dashed vertical line nothing is measured. The band holds the errors of the measured times and "
         "the doubt about the form of the law; not what another network or another number of GPUs a node would do.",
         _draw_prediction,
-        wide=True,
     ),
 )
 
@@ -206,19 +205,28 @@ def _panels(count: int) -> "tuple[Figure, list[Axes]]":
     return figure, all_axes[:count]
 
 
-def _points(axes: "Axes", curve: Curve, values: Sequence[Interval], theme: Theme, number: int) -> None:
+def _points(axes: "Axes", curve: Curve, values: Sequence[Interval], theme: Theme, number: int, count: int) -> None:
+    """A curve with error bars; curves stand a little beside each other, so that their bars do."""
+    aside = 1.025 ** (number - (count - 1) / 2)
     color, marker = theme.series[number % len(theme.series)], MARKERS[number % len(MARKERS)]
-    line: Any = LINES[number // len(MARKERS) % len(LINES)]
-    _error_bars(axes, curve.points, values, color, marker, line)
+    line: Any = LINES[number % len(LINES)]
+    _error_bars(axes, curve.points, values, color, marker, line, aside)
     axes.lines[-1].set_label(curve.name)
 
 
-def _error_bars(axes: "Axes", points: Sequence[Point], values: Sequence[Interval], color: str, marker: str, line: Any
-                ) -> None:  # fmt: skip
-    """Hollow where the ranks shared CPU cores."""
-    ranks = [point.ranks for point in points]
-    for rank, value in zip(ranks, values, strict=True):
-        axes.plot([rank, rank], [value.low, value.high], color=color, linewidth=1, marker="_", markersize=5)
+def _error_bars(
+    axes: "Axes",
+    points: Sequence[Point],
+    values: Sequence[Interval],
+    color: str,
+    marker: str,
+    line: Any,
+    aside: float = 1.0,
+) -> None:
+    """Markers, hollow where the ranks shared CPU cores, joined by a line."""
+    ranks = [aside * point.ranks for point in points]
+    for place, value in zip(ranks, values, strict=True):
+        axes.plot([place, place], [value.low, value.high], color=color, linewidth=1, marker="_", markersize=5)
     hollow = [place for place, point in enumerate(points) if point.shared_cores]
     axes.plot([ranks[place] for place in hollow], [values[place].value for place in hollow], color=color, linestyle="",
               marker=marker, markersize=6, markerfacecolor="white", zorder=4)  # fmt: skip

@@ -15,6 +15,7 @@ from typing import Any
 
 import jinja2
 
+from megagpt.config.yaml12 import dump
 from megagpt.data.atomic import replace_file
 from megagpt.errors import UserError
 from megagpt.scaling.experiments import LAUNCHERS, StudyFolder
@@ -26,8 +27,8 @@ from megagpt.training.plots import compact
 
 UNKNOWN = "–"
 
-_FURTHEST = 8
-"""Ranks are extrapolated to this many times the largest measured number, unless the study says otherwise."""
+PIXELS_A_REM = 28
+"""Of the pictures."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,10 @@ def write_report(folder: StudyFolder) -> Reported:
     return reported
 
 
+Cell = tuple[str, str]
+"""Of a table: a value, and its interval or nothing."""
+
+
 def with_interval(interval: Interval, text: Callable[[float], str]) -> str:
     """A value and its interval: "0.213 (0.209 to 0.217)"."""
     if interval.low == interval.high:
@@ -97,18 +102,16 @@ def percent(share: float) -> str:
 
 
 def _further_ranks(folder: StudyFolder, curve: Curve) -> list[int]:
-    """The numbers of ranks to predict: of a strong study only what can share its batch."""
+    """The numbers of ranks to predict; unless the study names them, of a strong one those that can share its batch."""
     study, last = folder.stored.study, curve.points[-1]
-    ranks = list(study.extrapolate_to)
-    if not ranks:
-        multiple = 2
-        while multiple <= _FURTHEST:
-            ranks.append(last.ranks * multiple)
-            multiple *= 2
-    if folder.stored.kind == "strong":
-        micro = last.runs[0].entry.stored.run_config().train.micro_batch_size or 1
-        ranks = [count for count in ranks if last.batch % (count * micro) == 0]
-    return [count for count in sorted(set(ranks)) if count > last.ranks]
+    if study.extrapolate_to:
+        measured = [point.ranks for point in curve.points]
+        return [count for count in study.extrapolate_to if count not in measured]
+    doubled = [last.ranks * multiple for multiple in (2, 4, 8)]
+    if folder.stored.kind == "weak":
+        return doubled
+    micro = last.runs[0].entry.stored.run_config().train.micro_batch_size or 1
+    return [count for count in doubled if last.batch % (count * micro) == 0]
 
 
 def _rule(folder: StudyFolder, curves: list[Curve]) -> list[str]:
@@ -145,40 +148,52 @@ def _join(words: list[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
 
 
-def _point_row(curve: Curve, point: Point, kind: str) -> list[str]:
-    memory, straggler, mfu = (point.mean(name) for name in ("peak_memory_bytes", "straggler_ratio", "mfu"))
-    serial = curve.serial_share(point) if kind == "strong" else None
-    runs = f" ({len(point.runs)} runs)" if len(point.runs) > 1 else ""
-    return [
-        f"{point.ranks:,}{'*' if point.shared_cores else ''}",
-        f"{point.nodes:,}",
-        f"{point.batch:,}",
-        with_interval(point.step_seconds.interval, digits) + runs,
-        digits(point.mean("median_seconds") or 0.0),
-        with_interval(point.tokens_per_second, compact),
-        f"{curve.speedup(point):.2f}",
-        with_interval(curve.efficiency(point), percent),
-        UNKNOWN if serial is None else percent(serial),
-        UNKNOWN if mfu is None else percent(mfu),
-        UNKNOWN if memory is None else f"{memory / 2**30:.2f}",
-        UNKNOWN if straggler is None else f"{straggler:.2f}",
-    ]
-
-
 COLUMNS = (
     ("Ranks", ""),
     ("Nodes", ""),
     ("Batch", "sequences"),
     ("Time of a step", "s, mean"),
-    ("", "s, median"),
+    ("Median", "s"),
     ("Throughput", "tokens/s"),
-    ("Speed-up", "of the first row"),
+    ("Speed-up", "over the first row"),
     ("Efficiency", "of ideal"),
     ("Serial share", "Karp-Flatt"),
     ("MFU", ""),
-    ("Memory", "GiB, rank 0, peak"),
-    ("Slowest rank", "own time over the median rank's"),
+    ("Peak memory", "GiB, rank 0"),
+    ("Slowest rank", "over the median rank"),
 )
+
+
+def _point_row(curve: Curve, point: Point, kind: str) -> list[Cell]:
+    memory, straggler, mfu = (point.mean(name) for name in ("peak_memory_bytes", "straggler_ratio", "mfu"))
+    serial = curve.serial_share(point) if kind == "strong" else None
+    return [
+        (f"{point.ranks:,}{'*' if point.shared_cores else ''}", ""),
+        (f"{point.nodes:,}", ""),
+        (f"{point.batch:,}", ""),
+        _cell(point.step_seconds.interval, digits),
+        (digits(point.mean("median_seconds") or 0.0), ""),
+        _cell(point.tokens_per_second, compact),
+        (f"{curve.speedup(point):.2f}", ""),
+        _cell(curve.efficiency(point), percent),
+        (UNKNOWN if serial is None else percent(serial), ""),
+        (UNKNOWN if mfu is None else percent(mfu), ""),
+        (UNKNOWN if memory is None else f"{memory / 2**30:.2f}", ""),
+        (UNKNOWN if straggler is None else f"{straggler:.2f}", ""),
+    ]
+
+
+def _table(curve: Curve, kind: str) -> tuple[list[tuple[str, str]], list[list[Cell]]]:
+    """Columns and rows of a curve; a column of which nothing is known is left out."""
+    rows = [_point_row(curve, point, kind) for point in curve.points]
+    shown = [place for place in range(len(COLUMNS)) if any(row[place][0] != UNKNOWN for row in rows)]
+    return [COLUMNS[place] for place in shown], [[row[place] for place in shown] for row in rows]
+
+
+def _cell(interval: Interval, text: Callable[[float], str]) -> Cell:
+    if interval.low == interval.high:
+        return text(interval.value), ""
+    return text(interval.value), f"{text(interval.low)} to {text(interval.high)}"
 
 
 def _fit_texts(fit: Fit, points: int) -> list[str]:
@@ -207,14 +222,13 @@ def _misfit_text(misfit: float | None) -> str:
     return f": misses the points by {misfit:.2g} times their standard errors, so {verdict}"
 
 
-def _prediction_rows(fit: Fit, curve: Curve, ranks: list[int], kind: str) -> list[list[str]]:
+def _prediction_rows(fit: Fit, curve: Curve, ranks: list[int], kind: str) -> list[list[Cell]]:
     rows = []
     last = curve.points[-1]
     for count, seconds, efficiency in zip(ranks, fit.seconds(ranks), fit.efficiency(ranks), strict=True):
         tokens = last.tokens if kind == "strong" else last.tokens * count / last.ranks
         rate = Interval(tokens / seconds.value, tokens / seconds.high, tokens / seconds.low)
-        rows.append([f"{count:,}", with_interval(seconds, digits), with_interval(rate, compact),
-                     with_interval(efficiency, percent)])  # fmt: skip
+        rows.append([(f"{count:,}", ""), _cell(seconds, digits), _cell(rate, compact), _cell(efficiency, percent)])
     return rows
 
 
@@ -225,6 +239,7 @@ def _to_html(reported: Reported, pictures: list[tuple[Any, bytes]]) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["base64"] = lambda content: base64.b64encode(content).decode("ascii")
+    environment.filters["width"] = _width
     attempts = [
         (entry, attempt) for entry in results.folder.entries for attempt in entry.stored.attempts
         if attempt.state == "failed"
@@ -233,10 +248,7 @@ def _to_html(reported: Reported, pictures: list[tuple[Any, bytes]]) -> str:
         title=f"{Path(stored.source).stem}: {stored.kind} scaling",
         source=printable(stored.source),
         rule=_rule(results.folder, results.curves),
-        columns=COLUMNS,
-        curves=[
-            (curve.name, [_point_row(curve, point, stored.kind) for point in curve.points]) for curve in results.curves
-        ],
+        curves=[(curve.name, *_table(curve, stored.kind)) for curve in results.curves],
         fits=[
             (
                 curve.name,
@@ -254,9 +266,14 @@ def _to_html(reported: Reported, pictures: list[tuple[Any, bytes]]) -> str:
              printable(attempt.error or UNKNOWN), printable(str(entry.log(attempt))))
             for entry, attempt in attempts
         ],
-        study=json.dumps(stored.study.model_dump(mode="json"), indent=1),
+        study=dump(stored.study.model_dump(mode="json")),
         versions=stored.versions,
     )  # fmt: skip
+
+
+def _width(png: bytes) -> float:
+    """Of a picture on the page, in rem: as wide as it was drawn, at the page's size of letters."""
+    return int.from_bytes(png[16:20]) / PIXELS_A_REM
 
 
 def _as_json(reported: Reported) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from megagpt.config.loading import load_section
 from megagpt.config.schema import Section
 from megagpt.config.yaml12 import describe_error, dump, parse
 from megagpt.errors import ConfigError
+from megagpt.training.history import distinct_names
 
 Kind = Literal["strong", "weak"]
 Ranks = Annotated[int, Field(gt=0)]
@@ -82,7 +83,7 @@ class StudyConfig(Section):
     keep_checkpoints: bool = False
     """Whether the checkpoint that a run ends with stays in the folder of the study."""
 
-    @field_validator("ranks", "nodes")
+    @field_validator("ranks", "nodes", "extrapolate_to")
     @classmethod
     def _check_distinct(cls, counts: list[int]) -> list[int]:
         if len(set(counts)) < len(counts):
@@ -174,7 +175,7 @@ class Entry:
     @property
     def name(self) -> str:
         """Of its folder: readable, and distinct by the identity."""
-        words = re.sub(r"[^A-Za-z0-9_.]+", "-", self.curve).strip("-.")[:80]
+        words = re.sub(r"[^A-Za-z0-9_.]+", "-", self.curve).strip("-.")[:80] or "curve"
         run = f"-run{self.repeat}" if self.repeat > 1 else ""
         return f"{words}-{self.ranks}ranks{run}-{self.identity[:8]}"
 
@@ -219,6 +220,10 @@ def plan(study: StudyConfig, kind: Kind) -> list[Entry]:
                 problems |= dict.fromkeys(_problems(error))
                 continue
             entries += [Entry(curve, ranks, nodes, repeat, config) for repeat in range(1, study.repeats + 1)]
+            most = config.train.global_batch_size // (config.train.micro_batch_size or 1)
+            if kind == "strong" and (beyond := [count for count in study.extrapolate_to if count > most]):
+                problem = f"extrapolate_to: the batch of {curve} is for {most} ranks at most, not for {beyond[-1]}"
+                problems[problem] = None
     missing = {source.path for entry in entries for source in entry.config.data.train
                if not Path(f"{source.path}.idx").exists()}  # fmt: skip
     problems |= {f"data.train: {path}.idx does not exist; make the dataset with tools.preprocess": None
@@ -261,9 +266,10 @@ def _curves(study: StudyConfig) -> Iterator[tuple[str, str, dict[str, Any]]]:
             axes.append([(f"{short} {dump(value, flow=True).strip()}", {axis: value}) for value in values])
         else:
             axes.append([(label, settings) for label, settings in values.items()])
-    for file in study.configs:
+    titles = distinct_names([Path(file).with_suffix("") for file in study.configs])
+    for file, title in zip(study.configs, titles, strict=True):
         for chosen in itertools.product(*axes):
-            names = [Path(file).stem] if len(study.configs) > 1 or not axes else []
+            names = [title] if len(study.configs) > 1 or not axes else []
             settings = {key: value for _, part in chosen for key, value in part.items()}
             yield ", ".join(names + [name for name, _ in chosen]), file, settings
 
