@@ -51,7 +51,7 @@ def main(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[CONFIG.yaml] [section.key=value]...",
+            metavar="[CONFIG.yaml] [section.key=value]",
             help="Configuration and changes as for training; without a file only train.device and train.run_dir count.",
             show_default=False,
         ),
@@ -213,15 +213,17 @@ class Measurement:
             report.sees_run_dir = (existing(Path(self._train.run_dir)) / marker).exists()
         self._enter(4, "an all-reduce of its node")
         report.within_node = fabric.within_node(self._seconds * 0.05)
-        for exchange in fabric.between_nodes(self._seconds * 0.2, self._enter_round):
+        for exchange in fabric.between_nodes(self._seconds * 0.2, self._enter_step):
             report.exchanges = [*report.exchanges, exchange]
         self._enter(1_000, "the collectives of all ranks")
         report.collectives = fabric.among_all(self._seconds * 0.1)
         dist.destroy_process_group()
 
-    def _enter_round(self, number: int, partner: int | None) -> None:
-        with_whom = "no exchange" if partner is None else f"an exchange with rank {partner} on {self._hosts[partner]}"
-        self._enter(5 + number, with_whom)
+    def _enter_step(self, number: int, partner: int | None) -> None:
+        what = "waiting for the first exchanges of others"
+        if partner is not None:
+            what = f"an exchange with rank {partner} on {self._hosts[partner]}"
+        self._enter(5 + number, what)
 
 
 def hosts_of(meeting: Meeting) -> list[str]:
