@@ -85,13 +85,13 @@ def main(
         sys.exit(fail(str(error), error.exit_code) if is_first_task() else error.exit_code)
     try:
         meeting = meet(place, train, timeout)
-    except AgreedError as error:
+    except UserError as error:
         if place.rank == 0 and output:
             _write_refusal(output, error, time.monotonic() - start)
-        sys.exit(fail(str(error), error.exit_code) if place.rank == 0 else error.exit_code)
-    except UserError as error:  # before the ranks have met, so most likely of all of them: once a node is enough
+        # Before the ranks have met it is most likely of all of them: once a node is enough.
+        speaks = place.rank == 0 if isinstance(error, AgreedError) else place.local_rank == 0
         text = f"[rank {place.rank} on {socket.gethostname()}] {error}" if place.rank else str(error)
-        sys.exit(fail(text, error.exit_code) if place.local_rank == 0 else error.exit_code)
+        sys.exit(fail(text, error.exit_code) if speaks else error.exit_code)
     measurement = Measurement(meeting, config, train, seconds)
     if meeting.place.rank:
         code = _follow(meeting, measurement, seconds)

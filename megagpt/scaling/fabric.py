@@ -20,8 +20,8 @@ MOST_ROUNDS = 16
 
 _PROBE_BYTES = 1 << 20
 _SMALLEST_BYTES = 1 << 16
-_LARGEST_BYTES = {"cuda": 1 << 28, "cpu": 1 << 24}
-_REPEATS = 3
+_LARGEST_BYTES = {"cuda": 1 << 28, "cpu": 1 << 22}
+_REPEATS = 5
 _SMALL_REPEATS = 5
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the newer name, from torch 2.13 on
 _BUS_FACTORS: dict[str, Callable[[int], float]] = {
