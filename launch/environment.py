@@ -13,7 +13,7 @@ import secrets
 import shutil
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -208,6 +208,26 @@ def ports_of_step(job_id: int, step_id: int) -> tuple[int, ...]:
 def expand_hosts(nodelist: str) -> list[str]:
     """Slurm's compressed host list: "gpu[01-03,7],login" is gpu01, gpu02, gpu03, gpu7, login."""
     return [host for part in re.split(r",(?![^\[]*\])", nodelist) if part for host in _expand(part)]
+
+
+def compress_hosts(hosts: Iterable[str]) -> str:
+    """The other way round, in order, for three and more names that count up: gpu01, gpu02, gpu03 is "gpu[01-03]"."""
+    runs: list[list[tuple[str, str]]] = []
+    for head, digits in sorted({_split_number(host) for host in hosts}, key=lambda name: (name[0], int(name[1] or 0))):
+        previous_head, previous = runs[-1][-1] if runs else ("", "")
+        if digits and previous and (previous_head, str(int(previous) + 1).zfill(len(previous))) == (head, digits):
+            runs[-1].append((head, digits))
+        else:
+            runs.append([(head, digits)])
+    return ",".join(
+        f"{run[0][0]}[{run[0][1]}-{run[-1][1]}]" if len(run) > 2 else ",".join(map("".join, run)) for run in runs
+    )
+
+
+def _split_number(host: str) -> tuple[str, str]:
+    """A name without the number at its end, and that number."""
+    head = host.rstrip("0123456789")
+    return head, host[len(head) :]
 
 
 def _expand(pattern: str) -> list[str]:

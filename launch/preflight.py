@@ -51,7 +51,7 @@ def main(
     words: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[CONFIG.yaml] [section.key=value]...",
+            metavar="[CONFIG.yaml] [section.key=value]",
             help="Configuration and changes as for training; without a file only train.device and train.run_dir count.",
             show_default=False,
         ),
@@ -85,13 +85,13 @@ def main(
         sys.exit(fail(str(error), error.exit_code) if is_first_task() else error.exit_code)
     try:
         meeting = meet(place, train, timeout)
-    except AgreedError as error:
+    except UserError as error:
         if place.rank == 0 and output:
             _write_refusal(output, error, time.monotonic() - start)
-        sys.exit(fail(str(error), error.exit_code) if place.rank == 0 else error.exit_code)
-    except UserError as error:  # before the ranks have met, so most likely of all of them: once a node is enough
+        # Before the ranks have met it is most likely of all of them: once a node is enough.
+        speaks = place.rank == 0 if isinstance(error, AgreedError) else place.local_rank == 0
         text = f"[rank {place.rank} on {socket.gethostname()}] {error}" if place.rank else str(error)
-        sys.exit(fail(text, error.exit_code) if place.local_rank == 0 else error.exit_code)
+        sys.exit(fail(text, error.exit_code) if speaks else error.exit_code)
     measurement = Measurement(meeting, config, train, seconds)
     if meeting.place.rank:
         code = _follow(meeting, measurement, seconds)
@@ -213,15 +213,17 @@ class Measurement:
             report.sees_run_dir = (existing(Path(self._train.run_dir)) / marker).exists()
         self._enter(4, "an all-reduce of its node")
         report.within_node = fabric.within_node(self._seconds * 0.05)
-        for exchange in fabric.between_nodes(self._seconds * 0.2, self._enter_round):
+        for exchange in fabric.between_nodes(self._seconds * 0.2, self._enter_step):
             report.exchanges = [*report.exchanges, exchange]
         self._enter(1_000, "the collectives of all ranks")
         report.collectives = fabric.among_all(self._seconds * 0.1)
         dist.destroy_process_group()
 
-    def _enter_round(self, number: int, partner: int | None) -> None:
-        with_whom = "no exchange" if partner is None else f"an exchange with rank {partner} on {self._hosts[partner]}"
-        self._enter(5 + number, with_whom)
+    def _enter_step(self, number: int, partner: int | None) -> None:
+        what = "waiting for the first exchanges of others"
+        if partner is not None:
+            what = f"an exchange with rank {partner} on {self._hosts[partner]}"
+        self._enter(5 + number, what)
 
 
 def hosts_of(meeting: Meeting) -> list[str]:

@@ -20,6 +20,7 @@ from megagpt.data.atomic import replace_file
 
 _MOST_ROWS = 16
 _WIDTH = 160
+_VERSIONS = ("Python", "torch", "CUDA", "NCCL", "deepspeed", "code")
 
 Numbers = dict[str, float]
 
@@ -104,7 +105,7 @@ def headline(reports: Sequence[Report], hosts: Sequence[str]) -> str:
     first = reports[0]
     words = [f"{_count(len(set(hosts)), 'node')}, {_count(len(hosts), 'rank')}"]
     words.append(first.gpu.name if first.gpu else "CPU")
-    words += [f"{name} {value}" for name, value in first.software.items() if value != "none"]
+    words += [f"{name} {value}" for name, value in first.software.items() if value != "none" and name in _VERSIONS]
     if first.machine and first.machine.gpus:
         words.append(f"driver {first.machine.gpus[0].driver}")
     if first.machine and first.machine.interface:
@@ -116,12 +117,12 @@ def _node_table(nodes: dict[str, Numbers], conspicuous: set[str], hosts: Sequenc
     names = [name for name in _COLUMNS if any(name in numbers for numbers in nodes.values())]
     table = _table("node", "ranks", *(_COLUMNS[name] for name in names))
     few = len(nodes) <= _MOST_ROWS
-    for node in [node for node in nodes if few or node in conspicuous][:_MOST_ROWS]:
+    shown = [node for node in nodes if few or node in conspicuous][:_MOST_ROWS]
+    for node in shown:
         ranks = [rank for rank, host in enumerate(hosts) if host == node]
         span = f"{ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else str(ranks[0])
         table.add_row(node, span, *(_number(nodes[node].get(name)) for name in names))
     if not few:
-        hidden = len(nodes) - min(_MOST_ROWS, len(conspicuous))
         summaries: tuple[tuple[str, Callable[[list[float]], float]], ...] = (
             ("minimum", min),
             ("median", statistics.median),
@@ -130,7 +131,9 @@ def _node_table(nodes: dict[str, Numbers], conspicuous: set[str], hosts: Sequenc
         for label, function in summaries:
             values = [[numbers[name] for numbers in nodes.values() if name in numbers] for name in names]
             table.add_row(f"{label} of {len(nodes)}", "", *(_number(function(found)) for found in values))
-        table.caption = f"{hidden} nodes without findings are not shown"
+        untold = max(0, len(conspicuous) - _MOST_ROWS)
+        what = f"{untold} of them with findings" if untold else "without findings"
+        table.caption = f"and {len(nodes) - len(shown)} more nodes, {what}"
     return table
 
 

@@ -87,7 +87,15 @@ def judge(reports: Sequence[Report], hosts: Sequence[str], threshold: float) -> 
         *slow_within(reports, threshold),
         *slow_disks(machines, threshold),
     ]
-    return sorted(findings, key=lambda finding: finding.level != "error")
+    return sorted(_merged(findings), key=lambda finding: finding.level != "error")
+
+
+def _merged(findings: Iterable[Finding]) -> list[Finding]:
+    """The same trouble of several nodes as one."""
+    nodes: dict[tuple[Literal["error", "warning"], str, bool], list[str]] = {}
+    for finding in findings:
+        nodes.setdefault((finding.level, finding.text, bool(finding.nodes)), []).extend(finding.nodes)
+    return [Finding(level, tuple(dict.fromkeys(named)), text) for (level, text, _), named in nodes.items()]
 
 
 # Who does not go on
@@ -354,7 +362,7 @@ def slow_devices(reports: Sequence[Report], threshold: float) -> Iterator[Findin
                 of_host = {rank: pair for rank, pair in slow.items() if hosts[rank] == host}
                 rank = min(of_host, key=lambda rank: of_host[rank][0])
                 value, median = (number / scale for number in of_host[rank])
-                more = f" (so are {len(of_host) - 1} more of its ranks)" if len(of_host) > 1 else ""
+                more = f" ({len(of_host) - 1} more of its ranks, too)" if len(of_host) > 1 else ""
                 text = f"rank {rank}'s {what} is slow: {_compared(value, median, unit)}{more}"
                 yield Finding("warning", (host,), text)
 

@@ -16,7 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.environment import ProcessEnvironment, expand_hosts
+from launch.environment import ProcessEnvironment, compress_hosts, expand_hosts
 from megagpt.errors import AgreedError, UserError
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def missing(present: Sequence[Presence], world_size: int, environ: Mapping[str, 
 
 def exclusion(hosts: Sequence[str]) -> str:
     """What to give sbatch so that Slurm takes other nodes."""
-    return f"--exclude={','.join(hosts)} leaves {'it' if len(hosts) == 1 else 'them'} out"
+    return f"--exclude={compress_hosts(hosts)} leaves {'it' if len(hosts) == 1 else 'them'} out"
 
 
 def contradiction(everybody: Sequence[Presence]) -> tuple[str, int] | None:

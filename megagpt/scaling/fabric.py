@@ -20,8 +20,8 @@ MOST_ROUNDS = 16
 
 _PROBE_BYTES = 1 << 20
 _SMALLEST_BYTES = 1 << 16
-_LARGEST_BYTES = {"cuda": 1 << 28, "cpu": 1 << 24}
-_REPEATS = 3
+_LARGEST_BYTES = {"cuda": 1 << 28, "cpu": 1 << 22}
+_REPEATS = 5
 _SMALL_REPEATS = 5
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # the newer name, from torch 2.13 on
 _BUS_FACTORS: dict[str, Callable[[int], float]] = {
@@ -107,25 +107,28 @@ class Fabric:
         dist.destroy_process_group(group)
         return measured
 
-    def between_nodes(self, seconds: float, on_round: Callable[[int, int | None], object]) -> Iterator[Exchange]:
+    def between_nodes(self, seconds: float, on_step: Callable[[int, int | None], object]) -> Iterator[Exchange]:
         """The exchanges of this rank, each as it is done.
 
-        on_round: called before each round with its number and this rank's partner.
+        on_step: called before each step with its number and this rank's partner; without one it waits for all others.
         """
         rounds = [self._partner(pairs) for pairs in tournament(len(self._nodes))] if len(self._nodes) > 1 else []
         if not rounds:
             return
-        on_round(0, rounds[0])
+        on_step(0, rounds[0])
         probe = self._exchange(rounds[0], _PROBE_BYTES) if rounds[0] is not None else None
+        on_step(1, None)
         slowest = self._slowest(_PROBE_BYTES / probe.bytes_per_second if probe else 0.0, None)
         nbytes = self._fitting(slowest, seconds / len(rounds) / (_REPEATS + 1))
         for number, partner in enumerate(rounds):
-            on_round(number, partner)
             if partner is not None:
+                on_step(2 + number, partner)
                 yield self._exchange(partner, nbytes)
 
     def among_all(self, seconds: float) -> list[Collective]:
-        """All-reduce, all-gather and broadcast of all ranks."""
+        """All-reduce, all-gather and broadcast of all ranks; nothing if there is one rank."""
+        if self._ranks == 1:
+            return []
         return [self._measure(operation, None, self._ranks, seconds / len(_BUS_FACTORS)) for operation in _BUS_FACTORS]
 
     def _partner(self, pairs: Sequence[tuple[int, int]]) -> int | None:

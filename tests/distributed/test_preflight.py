@@ -25,7 +25,7 @@ CPU = torch.device("cpu")
 
 
 def exchanges(nodes: list[list[int]]) -> list[tuple[int, int, bool]]:
-    measured = Fabric(CPU, nodes).between_nodes(0.2, lambda number, partner: None)
+    measured = Fabric(CPU, nodes).between_nodes(0.2, lambda step, partner: None)
     return [(one.partner, one.bytes, one.intact and 0 < one.latency_seconds < 10) for one in measured]
 
 
@@ -57,11 +57,11 @@ def damaged_on_rank_2() -> list[bool]:
 
         fabric.dist.batch_isend_irecv = damage
         try:
-            list(Fabric(CPU, [[0], [1], [2]]).between_nodes(0.1, lambda number, partner: None))
+            list(Fabric(CPU, [[0], [1], [2]]).between_nodes(0.1, lambda step, partner: None))
         finally:
             fabric.dist.batch_isend_irecv = original
         return []
-    measured = Fabric(CPU, [[0], [1], [2]]).between_nodes(0.1, lambda number, partner: None)
+    measured = Fabric(CPU, [[0], [1], [2]]).between_nodes(0.1, lambda step, partner: None)
     return [one.intact for one in sorted(measured, key=lambda one: one.partner)]
 
 

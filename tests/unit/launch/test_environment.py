@@ -3,8 +3,18 @@
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from launch.environment import discover, expand_hosts, is_first_task, log_folder, ports_of_step, tasks_per_node
+from launch.environment import (
+    compress_hosts,
+    discover,
+    expand_hosts,
+    is_first_task,
+    log_folder,
+    ports_of_step,
+    tasks_per_node,
+)
 from launch.process import cpu_threads
 from megagpt.errors import UsageError
 
@@ -166,6 +176,16 @@ def test_a_first_host_whose_name_does_not_resolve_has_the_address_of_the_node_th
 )
 def test_compressed_host_lists_expand(text, hosts):
     assert expand_hosts(text) == hosts
+
+
+@given(st.sets(st.from_regex(r"(gpu|n-1-)(0?[0-9]|1[0-9]{1,2})|login", fullmatch=True)))
+def test_compressing_host_names_is_undone_by_expanding(hosts):
+    assert sorted(expand_hosts(compress_hosts(hosts))) == sorted(hosts)
+
+
+def test_three_and_more_hosts_that_count_up_are_compressed():
+    assert compress_hosts(["gpu10", "gpu9", "gpu11", "gpu12"]) == "gpu[9-12]"
+    assert compress_hosts(["gpu01", "gpu02", "gpu03", "gpu7", "gpu8", "login"]) == "gpu[01-03],gpu7,gpu8,login"
 
 
 def test_a_host_list_that_cannot_be_read_is_told():

@@ -353,7 +353,17 @@ def test_the_error_line_excludes_all_blamed_nodes_once():
     reports[4].software["Python"] = "3.10.0"
     line = in_one_line(judge(reports, cluster.hosts, THRESHOLD))
     assert "\n" not in line
-    assert line.endswith("(--exclude=node4,node1 leaves them out)")
+    assert line.endswith("(--exclude=node1,node4 leaves them out)")
+
+
+def test_the_same_trouble_of_many_nodes_is_told_once():
+    cluster = Cluster(12)
+    reports = cluster.reports()
+    for report in reports[2:8]:
+        report.machine.disk.error = "Permission denied"
+    (finding,) = judge(reports, cluster.hosts, THRESHOLD)
+    text = "node2, node3, node4, node5 and 2 more: cannot write train.run_dir in /scratch/run: Permission denied"
+    assert in_one_line([finding]) == f"{text} (--exclude=node[2-7] leaves them out)"
 
 
 def test_a_table_of_many_nodes_shows_the_conspicuous_ones_and_the_range(capsys, tmp_path):
