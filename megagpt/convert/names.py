@@ -70,8 +70,8 @@ def tied(stored: Weights, embedding: str, where: str) -> Weights:
         return stored
     if embedding in stored and not torch.equal(stored["lm_head.weight"].read(), stored[embedding].read()):
         raise UserError(
-            f"{where}: its output head is said to be tied to the token embedding, but lm_head.weight differs from "
-            f"{embedding}; set tie_word_embeddings to false if the head is one of its own"
+            f"{where}: its configuration ties the output head to the token embedding, but lm_head.weight differs from "
+            f"{embedding}; correct the configuration if the head is one of its own"
         )
     return {name: weight for name, weight in stored.items() if name != "lm_head.weight"}
 

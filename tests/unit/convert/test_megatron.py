@@ -1,4 +1,4 @@
-"""Megatron-LM's layouts, made of transformers' models by the rules that its own tools document, against their logits."""
+"""Megatron-LM's layouts, made of transformers' models by the rules of its own tools, against these models' logits."""
 
 import argparse
 import enum
