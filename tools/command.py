@@ -42,7 +42,7 @@ def run_command(app: typer.Typer, prog_name: str) -> NoReturn:
     except UserError as error:
         code = fail(str(error), error.exit_code)
     except _USAGE_ERROR as error:
-        code = fail(f"{error.format_message()} See {prog_name} --help", 2)
+        code = fail(f"{' '.join(error.format_message().split())} See {prog_name} --help", 2)
     except (KeyboardInterrupt, typer.Abort):
         code = fail("interrupted", 130)
     except BrokenPipeError:

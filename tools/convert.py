@@ -31,6 +31,7 @@ class Format(str, Enum):
 
     hf = "hf"
     megagpt = "megagpt"
+    nanogpt = "nanogpt"
 
 
 class Precision(str, Enum):
@@ -45,7 +46,9 @@ _DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precis
 
 
 def main(
-    source: Annotated[Path, typer.Argument(metavar="SRC", help="Run folder, checkpoint, export, Hugging Face folder.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SRC", help="A run, checkpoint, export, or another program's model.")
+    ],
     target: Annotated[Path, typer.Argument(metavar="DST", help="Folder to make; it must not be there yet.")],
     to: Annotated[Format, typer.Option(help="hf: GPT2LMHeadModel or LlamaForCausalLM; megagpt: for train.init_from.")],
     dtype: Annotated[Precision | None, typer.Option(help="Of the weights. [default: as they are stored]")] = None,
@@ -61,7 +64,8 @@ def main(
 ) -> None:
     """Convert a trained model, compare what was written with the source, and keep it only if both are the same.
 
-    SRC is read on the CPU, one tensor at a time, whatever ZeRO stage and number of ranks wrote it.
+    SRC is a run folder, a checkpoint of any ZeRO stage and number of ranks, an export of megagpt, a Hugging Face folder
+    (GPT-2, Llama), nanoGPT's ckpt.pt, or Megatron-LM's mp_rank_00. It is read on the CPU, one tensor at a time.
 
     Example: python -m tools.convert runs/small exports/small --to hf --dtype bf16
     """

@@ -1,6 +1,5 @@
 """Continue a prompt with a trained model, on the terminal. What it does lives in megagpt.inference."""
 
-import contextlib
 import sys
 from collections.abc import Iterable
 from enum import Enum
@@ -39,7 +38,10 @@ _DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precis
 
 
 def generate_command(
-    run: Annotated[Path, typer.Argument(metavar="RUN_OR_CHECKPOINT", help="Run folder, or one of its checkpoints.")],
+    run: Annotated[
+        Path,
+        typer.Argument(metavar="MODEL", help="Run folder, checkpoint, export, or Hugging Face folder (GPT-2, Llama)."),
+    ],
     prompt: Annotated[str | None, typer.Option(help="Text to continue. [default: start a new document]")] = None,
     prompt_file: Annotated[
         Path | None, typer.Option(help="UTF-8 file to continue, without its last line end; - is standard input.")
@@ -68,15 +70,14 @@ def generate_command(
     """
     sampling = Sampling(temperature, top_k, top_p)
     text = _read_prompt(prompt, prompt_file)
-    with contextlib.redirect_stdout(sys.stderr):  # what DeepSpeed says while it reads its shards is no sample
-        model, found_tokenizer, _ = load_model(
-            run,
-            device.value,
-            _DTYPES[dtype] if dtype else None,
-            step=checkpoint,
-            tokenizer=tokenizer,
-            vocab_dir=vocab_dir,
-        )
+    model, found_tokenizer, _ = load_model(
+        run,
+        device.value,
+        _DTYPES[dtype] if dtype else None,
+        step=checkpoint,
+        tokenizer=tokenizer,
+        vocab_dir=vocab_dir,
+    )
     left = tokens_left(model.config, len(encode_prompt(found_tokenizer, text)))
     if left < max_tokens:
         print(f"note: the model's context ends after {left} new tokens", file=sys.stderr)

@@ -32,6 +32,8 @@ class ModelConfig(Section):
 
     vocab_size: int = Field(50257, gt=0)
     """Number of token ids the embedding and the output head know."""
+    vocab_multiple_of: int = Field(1, gt=0)
+    """Embedding and head get vocab_size rows rounded up to this (128, say); padding is never read, learned or drawn."""
     num_layers: int = Field(6, gt=0)
     """Number of transformer blocks."""
     hidden_size: int = Field(288, gt=0)
@@ -90,6 +92,15 @@ class ModelConfig(Section):
         if position == "rope" and hidden_size and heads and hidden_size // heads % 2:
             raise ValueError(f"rope needs an even head size, but hidden_size / heads is {hidden_size // heads}")
         return position
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and the output head: vocab_size, and padding."""
+        return -(-self.vocab_size // self.vocab_multiple_of) * self.vocab_multiple_of
+
+    def without_padding(self) -> "ModelConfig":
+        """The same model with as many rows as token ids."""
+        return self.model_copy(update={"vocab_multiple_of": 1})
 
     @property
     def head_dim(self) -> int:

@@ -16,7 +16,7 @@ import torch
 from megagpt.config.compatibility import weight_differences
 from megagpt.config.schema import ModelConfig
 from megagpt.config.yaml12 import dump
-from megagpt.convert import huggingface, verify
+from megagpt.convert import huggingface, nanogpt, verify
 from megagpt.convert.source import TOKENIZER, Source, open_source, special_ids, tokenizer_of
 from megagpt.convert.streamed import Logits, gpt_logits, require_transformers, transformers_logits
 from megagpt.convert.tokenizers import FILES, describe, write_tokenizer
@@ -186,6 +186,13 @@ def _write_huggingface(
     return name
 
 
+def _write_nanogpt(
+    folder: Path, model: ModelConfig, weights: Weights, vocabulary: Vocabulary, options: Options, report: Report
+) -> str | None:
+    nanogpt.write_file(folder / nanogpt.FILE, model, weights, report)
+    return None
+
+
 def _copy_files(files: Path | None, folder: Path) -> str | None:
     """Hugging Face's tokenizer files as they are, and what ends a text."""
     found = [files / name for name in FILES if (files / name).is_file()] if files else []
@@ -198,5 +205,6 @@ def _copy_files(files: Path | None, folder: Path) -> str | None:
 
 TARGETS = {
     "hf": Target(huggingface.expressed, _write_huggingface),
+    "nanogpt": Target(nanogpt.expressed, _write_nanogpt),
     "megagpt": Target(lambda model, weights: (model, weights), _write_megagpt),
 }

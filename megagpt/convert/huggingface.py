@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from megagpt.config.schema import ModelConfig
-from megagpt.convert.names import Entry, from_foreign, to_foreign
+from megagpt.convert.names import Entry, check_expressible, from_foreign, is_gpt2_mask, tied, to_foreign
 from megagpt.convert.torch_weights import read_torch_weights
 from megagpt.convert.writing import INDEX
 from megagpt.errors import UsageError, UserError
@@ -25,10 +25,6 @@ from megagpt.training.weights import Weight, Weights
 
 CONFIG = "config.json"
 _BIN = "pytorch_model.bin"
-_EXPRESSIBLE: dict[str, dict[str, tuple[str, ...]]] = {
-    "Llama": {"norm": ("rmsnorm",), "activation": ("swiglu",)},
-    "GPT-2": {"position": ("learned",), "norm": ("layernorm",), "activation": ("gelu_tanh", "gelu")},
-}
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 
 
@@ -39,6 +35,7 @@ def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Weight]]:
     """
     config = read_config(folder)
     stored, where = stored_weights(folder), str(folder)
+    plain: Weights
     if config["model_type"] == "gpt2":
         model = _gpt2_model(config, where)
         plain = {name.removeprefix("transformer."): weight for name, weight in stored.items()}
@@ -46,13 +43,12 @@ def read_folder(folder: Path) -> tuple[ModelConfig, dict[str, Weight]]:
             entry._replace(theirs=tuple(name.removeprefix("transformer.") for name in entry.theirs))
             for entry in _gpt2_entries(model)
         ]
-        ignored = _is_gpt2_mask
+        ignored = is_gpt2_mask
     else:
         model = _llama_model(config, where)
         plain, entries, ignored = stored, _llama_entries(model), lambda name: name.endswith(".inv_freq")
-    if model.tie_embeddings and "lm_head.weight" in plain:
-        _check_tied(plain, entries[0].theirs[0], where)
-        plain = {name: weight for name, weight in plain.items() if name != "lm_head.weight"}
+    if model.tie_embeddings:
+        plain = tied(plain, entries[0].theirs[0], where)
     return model, from_foreign(entries, plain, ignored, where)
 
 
@@ -61,17 +57,18 @@ def expressed(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weight
 
     Raises UsageError with all that neither of its families can express.
     """
-    family = "Llama" if model.position == "rope" else "GPT-2"
-    problems = [
-        f"model.{key} {getattr(model, key)} (it has {' and '.join(values)})"
-        for key, values in _EXPRESSIBLE[family].items()
-        if getattr(model, key) not in values
-    ]
-    if family == "GPT-2" and model.kv_heads != model.num_attention_heads:
-        problems.append(f"model.num_kv_heads {model.kv_heads} (it has as many as num_attention_heads)")
-    if problems:
-        raise UsageError(f"--to hf: Hugging Face's {family} cannot express {', '.join(problems)}")
-    return with_biases(model, weights) if family == "GPT-2" else (model, weights)
+    if model.position == "rope":
+        needed: dict[str, tuple[object, ...]] = {"norm": ("rmsnorm",), "activation": ("swiglu",)}
+        check_expressible(model, needed, "--to hf: Hugging Face's Llama")
+        return model, weights
+    needed = {
+        "position": ("learned",),
+        "norm": ("layernorm",),
+        "activation": ("gelu_tanh", "gelu"),
+        "kv_heads": (model.num_attention_heads,),
+    }
+    check_expressible(model, needed, "--to hf: Hugging Face's GPT-2")
+    return with_biases(model, weights)
 
 
 def with_biases(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:
@@ -189,19 +186,6 @@ def _indexed(folder: Path, index: Path, read: Callable[[list[Path]], dict[str, W
     if lacking := sorted(weight_map.keys() - weights.keys()):
         raise UserError(f"{folder / weight_map[lacking[0]]}: has no weight {lacking[0]}, though {index.name} says so")
     return weights
-
-
-def _check_tied(weights: Weights, embedding: str, where: str) -> None:
-    if embedding in weights and not torch.equal(weights["lm_head.weight"].read(), weights[embedding].read()):
-        raise UserError(
-            f"{where}: its config.json ties the output head to the token embedding, but lm_head.weight differs from "
-            f"{embedding}; set tie_word_embeddings to false if the head is one of its own"
-        )
-
-
-def _is_gpt2_mask(name: str) -> bool:
-    """Causal masks, which older versions of transformers saved as weights."""
-    return name.endswith((".attn.bias", ".attn.masked_bias"))
 
 
 def _gpt2_entries(model: ModelConfig) -> list[Entry]:

@@ -4,13 +4,13 @@ A format says it once, as a list of entries, and both directions follow. Matrice
 matrices (queries, keys, values) may lie apart. Nothing is read here: a weight is turned when it is read.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
 
 from megagpt.config.schema import ModelConfig
-from megagpt.errors import UserError
+from megagpt.errors import UsageError, UserError
 from megagpt.training.weights import Weight, Weights
 
 
@@ -62,6 +62,37 @@ def from_foreign(
             f"{where}: has weight {unknown[0]}, which its kind of model does not have; it is of another architecture"
         )
     return found
+
+
+def tied(stored: Weights, embedding: str, where: str) -> Weights:
+    """Without the output head, which a format stores twice if it is tied. Raises UserError if the two differ."""
+    if "lm_head.weight" not in stored:
+        return stored
+    if embedding in stored and not torch.equal(stored["lm_head.weight"].read(), stored[embedding].read()):
+        raise UserError(
+            f"{where}: its configuration ties the output head to the token embedding, but lm_head.weight differs from "
+            f"{embedding}; correct the configuration if the head is one of its own"
+        )
+    return {name: weight for name, weight in stored.items() if name != "lm_head.weight"}
+
+
+def check_expressible(model: ModelConfig, needed: Mapping[str, tuple[object, ...]], who: str) -> None:
+    """Raises UsageError unless the model's properties are among those `needed`, with all of them that are not."""
+    problems = [
+        f"model.{_KEYS.get(key, key)} {getattr(model, key)} (it has {' and '.join(map(str, values))})"
+        for key, values in needed.items()
+        if getattr(model, key) not in values
+    ]
+    if problems:
+        raise UsageError(f"{who} cannot express {', '.join(problems)}")
+
+
+_KEYS = {"kv_heads": "num_kv_heads", "ffn_size": "ffn_hidden_size"}
+
+
+def is_gpt2_mask(name: str) -> bool:
+    """Whether a name of GPT-2's is that of a causal mask, which older versions saved as weights."""
+    return name.endswith((".attn.bias", ".attn.masked_bias"))
 
 
 def stacked_rows(model: ModelConfig) -> list[int]:

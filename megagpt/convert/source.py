@@ -3,6 +3,8 @@
     runs/small, runs/small/checkpoints/step_00001000      a run folder, or one of its checkpoints
     a folder with config.yaml and *.safetensors           an export of megagpt
     a folder with config.json                             Hugging Face's GPT-2 or Llama
+    ckpt.pt, or the folder that it is in                  nanoGPT
+    a folder with mp_rank_00/model_optim_rng.pt           Megatron-LM, or the folder of its iterations
 
 Only the configuration and the names of weights are read at first; weights come one by one, when they are asked for.
 """
@@ -13,16 +15,16 @@ from typing import Literal, NamedTuple
 from pydantic import ValidationError
 
 from megagpt.config.schema import ModelConfig
-from megagpt.convert import huggingface
+from megagpt.convert import huggingface, megatron, nanogpt
 from megagpt.convert.tokenizers import read_tokenizer
 from megagpt.data.manifest import TokenizerInfo
 from megagpt.errors import UserError
 from megagpt.tokenizer import Tokenizer, load_tokenizer
 from megagpt.training.checkpoint import SHARDS, checkpoint_name, find_checkpoint, read_manifest, verify_checksums
 from megagpt.training.export import model_of, read_export
-from megagpt.training.weights import Weights, check_weights, open_weights
+from megagpt.training.weights import Weights, check_weights, open_weights, without_padding
 
-Kind = Literal["checkpoint", "megagpt", "hf"]
+Kind = Literal["checkpoint", "megagpt", "hf", "nanogpt", "megatron"]
 
 TOKENIZER = "tokenizer.json"
 
@@ -35,12 +37,14 @@ class Source(NamedTuple):
     """The checkpoint, or the folder."""
     model: ModelConfig
     weights: Weights
-    """By our names: those of `model`, in the types in which they are stored."""
+    """By our names: those of `model`, in the types in which they are stored. Nothing pads the vocabulary."""
 
     @property
     def folder(self) -> Path:
         """Where the tokenizer is described: of a checkpoint its run folder."""
-        return self.path.resolve().parent.parent if self.kind == "checkpoint" else self.path
+        if self.kind == "checkpoint":
+            return self.path.resolve().parent.parent
+        return self.path if self.path.is_dir() else self.path.parent
 
 
 def open_source(path: Path, step: int | None = None) -> Source:
@@ -48,12 +52,16 @@ def open_source(path: Path, step: int | None = None) -> Source:
 
     Raises UserError for what is not there, is damaged or of no known kind; UsageError for another architecture.
     """
-    if step is not None or not path.is_dir() or (path / "checkpoints").is_dir() or (path / SHARDS).is_dir():
+    if step is not None or (path / "checkpoints").is_dir() or (path / SHARDS).is_dir():
         return _checkpoint(path if step is None else path / "checkpoints" / checkpoint_name(step))
     if (path / "config.yaml").is_file() and any(path.glob("*.safetensors")):
-        source = Source("megagpt", path, *read_export(path, str(path)))
+        source = Source("megagpt", path, *without_padding(*read_export(path, str(path))))
     elif (path / huggingface.CONFIG).is_file():
         source = Source("hf", path, *huggingface.read_folder(path))
+    elif (path / nanogpt.FILE).is_file() or (path.is_file() and path.name == nanogpt.FILE):
+        source = Source("nanogpt", path, *nanogpt.read_file(path if path.is_file() else path / nanogpt.FILE))
+    elif file := megatron.find_file(path):
+        source = Source("megatron", path, *megatron.read_file(file))
     else:
         return _checkpoint(path)
     check_weights(source.weights, source.model, str(path))
@@ -67,7 +75,7 @@ def tokenizer_of(source: Source, vocab_dir: str | Path | None = None) -> Tokeniz
     """
     folder = source.folder
     path = folder / TOKENIZER
-    if source.kind == "hf" or not path.is_file():
+    if source.kind == "hf" or not path.exists():
         return read_tokenizer(folder, end_of_document(folder))
     try:
         info = TokenizerInfo.model_validate_json(path.read_bytes())
@@ -112,5 +120,6 @@ def _checkpoint(path: Path) -> Source:
     verify_checksums(checkpoint)
     model = model_of(manifest.model, str(checkpoint))
     weights = open_weights(checkpoint / SHARDS, manifest.zero_stage, manifest.world_size)
-    check_weights(weights, model, str(checkpoint))
-    return Source("checkpoint", checkpoint, model, weights)
+    source = Source("checkpoint", checkpoint, *without_padding(model, weights))
+    check_weights(source.weights, source.model, str(checkpoint))
+    return source

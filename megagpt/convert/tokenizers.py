@@ -8,6 +8,7 @@ One difference is meant: text that spells a special token becomes that token in 
 tokens here.
 """
 
+import functools
 import itertools
 import json
 import re
@@ -154,9 +155,10 @@ def _ours(tree: Mapping[str, Any], eod_id: int | None) -> Tokenizer | None:
     vocab = {token: rank for token, rank in tree["model"]["vocab"].items() if token not in special and rank != eod_id}
     try:
         ranks: Ranks = {token_bytes(token): rank for token, rank in vocab.items()}
+        merged = [ranks[token_bytes("".join(_pair(merge)))] for merge in tree["model"]["merges"]]
     except KeyError:
         return None
-    if not BYTE_RANKS.keys() <= ranks.keys():
+    if not BYTE_RANKS.keys() <= ranks.keys() or merged != sorted(merged):  # merges in another order than by rank
         return None
     # tiktoken knows the end of a document by this text, whatever the file calls it.
     special = {token: rank for token, rank in special.items() if rank != eod_id} | {END_OF_DOCUMENT: eod_id}
@@ -165,6 +167,11 @@ def _ours(tree: Mapping[str, Any], eod_id: int | None) -> Tokenizer | None:
     name = name if end == eod_id else _UNNAMED
     encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
     return Tokenizer(name, encoding, sha256)
+
+
+def _pair(merge: str | list[str]) -> list[str]:
+    """Earlier versions of the library wrote a pair as one text."""
+    return merge.split(" ") if isinstance(merge, str) else merge
 
 
 def _pattern(pre_tokenizer: Any) -> str | None:
@@ -229,9 +236,16 @@ def _onigurumas(pattern: str) -> str:
 
 def _first_difference(ours: Tokenizer, theirs: tokenizers.Tokenizer) -> str | None:
     """A text that the two encode in different ways, out of those of the proof; None if there is none."""
-    special = tuple(ours.encoding.special_tokens_set)
-    texts = [text for text in proof_texts() if not any(token in text for token in special)]
+    special = ours.encoding.special_tokens_set
+    texts = _all_proof_texts()
     for text in texts[:: max(1, len(texts) // PROOF_TEXTS)]:
-        if theirs.encode(text, add_special_tokens=False).ids != ours.encode(text):
+        if not any(token in text for token in special) and theirs.encode(
+            text, add_special_tokens=False
+        ).ids != ours.encode(text):
             return text[:40]
     return None
+
+
+@functools.cache
+def _all_proof_texts() -> list[str]:
+    return list(proof_texts())

@@ -1,30 +1,24 @@
-"""A trained model from its run folder, or from one checkpoint folder of it, ready to sample from on one device.
-
-    RUN/config.yaml, RUN/tokenizer.json, RUN/checkpoints/step_00001000/
-
-See megagpt.training.run and megagpt.training.checkpoint, which write them.
-"""
+"""A trained model, wherever it lies, ready to sample from on one device: see megagpt.convert.source for the places."""
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from pydantic import ValidationError
 
 from megagpt.config import RunConfig, load_config
-from megagpt.config.schema import ModelConfig
-from megagpt.data.manifest import TokenizerInfo
 from megagpt.errors import UserError
 from megagpt.model import GPT
 from megagpt.tokenizer import Tokenizer, load_tokenizer
 
 
 class LoadedModel(NamedTuple):
-    """What `load_model` finds in a run folder."""
+    """What `load_model` finds."""
 
     model: GPT
+    """Without what pads its vocabulary in training."""
     tokenizer: Tokenizer
-    config: RunConfig
+    config: RunConfig | None
+    """Of the run; None where there is only a model."""
 
 
 def load_model(
@@ -36,40 +30,42 @@ def load_model(
     tokenizer: str | Path | None = None,
     vocab_dir: str | Path | None = None,
 ) -> LoadedModel:
-    """Load the newest complete checkpoint of run folder `path`, or `path` if it is one itself; model in eval mode.
+    """Load the model at `path` in eval mode: a run folder's newest checkpoint, a checkpoint, an export of megagpt, or a
+    Hugging Face folder of GPT-2's or Llama's family.
 
     device: "auto" is cuda if torch sees a GPU, else cpu. dtype: of the weights; None is bf16 on a GPU, fp32 on a CPU.
-    step: the checkpoint of that step, instead of the newest. tokenizer: instead of the run's own (a run on a dataset
-    without manifest has none). vocab_dir: where to look first for vocabulary files.
+    step: of a run folder the checkpoint of that step, instead of the newest. tokenizer: instead of the model's own (a
+    run on a dataset without manifest has none). vocab_dir: where to look first for vocabulary files.
     Raises UserError for whatever is missing, damaged or does not fit.
     """
-    from megagpt.training.checkpoint import checkpoint_name, find_checkpoint, load_weights, read_manifest
+    from megagpt.convert.source import open_source, tokenizer_of  # training imports this package, convert that one
 
-    path = Path(path)
     device = _resolve(device)
-    checkpoint = find_checkpoint(path if step is None else path / "checkpoints" / checkpoint_name(step))
-    run_dir = checkpoint.resolve().parent.parent
-    if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{run_dir / 'config.yaml'}: missing; a checkpoint is read together with its run folder")
-    config = load_config(run_dir / "config.yaml")
-    if _model_of(checkpoint, read_manifest(checkpoint).model) != config.model:
-        raise UserError(f"{run_dir / 'config.yaml'}: describes another model than {checkpoint}; restore that file")
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    source = open_source(Path(path), step)
+    config = None
+    if source.kind == "checkpoint":
+        file = source.folder / "config.yaml"
+        if not file.is_file():
+            raise UserError(f"{file}: missing; a checkpoint is read together with its run folder")
+        config = load_config(file)
+        if config.model.without_padding() != source.model:
+            raise UserError(f"{file}: describes another model than {source.path}; restore that file")
     with torch.device("meta"):
-        model = GPT(config.model)
-    weights = load_weights(checkpoint)
-    expected = set(model.state_dict())
-    if wrong := sorted(expected ^ weights.keys()):
-        state = "has no" if wrong[0] in expected else "has an unknown"
-        raise UserError(f"{checkpoint}: {state} weight {wrong[0]}; it is damaged or of another version of megagpt")
-    model.load_state_dict(weights, assign=True)
-    model = model.to(device, dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)).eval()
-    found = load_tokenizer(tokenizer, vocab_dir) if tokenizer else _own_tokenizer(run_dir, vocab_dir)
-    if found.vocab_size > config.model.vocab_size:
+        model = GPT(source.model)
+    for name, parameter in model.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        value = source.weights[name].read().to(device, dtype)
+        model.get_submodule(module).register_parameter(leaf, torch.nn.Parameter(value, parameter.requires_grad))
+    found = load_tokenizer(tokenizer, vocab_dir) if tokenizer else tokenizer_of(source, vocab_dir)
+    if found is None:
+        raise UserError(_without_tokenizer(source.folder))
+    if found.vocab_size > source.model.vocab_size:
         raise UserError(
-            f"tokenizer {found.name} has {found.vocab_size} ids, but the model of {checkpoint} knows "
-            f"{config.model.vocab_size}; give the tokenizer of its training data"
+            f"tokenizer {found.name} has {found.vocab_size} ids, but the model of {source.path} knows "
+            f"{source.model.vocab_size}; give the tokenizer of its training data"
         )
-    return LoadedModel(model, found, config)
+    return LoadedModel(model.eval(), found, config)
 
 
 def _resolve(device: str | torch.device) -> torch.device:
@@ -81,33 +77,8 @@ def _resolve(device: str | torch.device) -> torch.device:
     return device
 
 
-def _model_of(checkpoint: Path, values: dict[str, Any]) -> ModelConfig:
-    try:
-        return ModelConfig.model_validate(values)
-    except ValidationError as error:
-        key = ".".join(map(str, error.errors()[0]["loc"]))
-        raise UserError(
-            f"{checkpoint}: this version of megagpt does not know its model's {key}={values.get(key)!r}"
-        ) from None
-
-
-def _own_tokenizer(run_dir: Path, vocab_dir: str | Path | None) -> Tokenizer:
-    """The tokenizer that tokenizer.json describes, checked to be the one of the training data."""
-    path = run_dir / "tokenizer.json"
-    try:
-        info = TokenizerInfo.model_validate_json(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing; name the tokenizer of the training data") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValidationError as error:
-        raise UserError(f"{path}: not a tokenizer's description: {error.errors()[0]['msg']}") from None
-    if info.file and not (run_dir / info.file).is_file():
-        raise UserError(f"{run_dir / info.file}: the run's vocabulary is missing; copy it from the dataset's folder")
-    tokenizer = load_tokenizer(run_dir / info.file if info.file else info.name, vocab_dir)
-    if tokenizer.vocab_sha256 != info.vocab_sha256:
-        raise UserError(
-            f"{path}: the vocabulary of tokenizer {info.name} has sha256 {tokenizer.vocab_sha256[:12]}..., that of "
-            f"the training data {info.vocab_sha256[:12]}...; find that vocabulary"
-        )
-    return tokenizer
+def _without_tokenizer(folder: Path) -> str:
+    path = folder / "tokenizer.json"
+    if path.exists():
+        return f"{path}: is of another kind than byte-level BPE; name a tokenizer that has the same ids"
+    return f"{path}: missing; name the tokenizer of the training data"

@@ -9,11 +9,11 @@ from megagpt.config.schema import ModelConfig
 
 
 def parameter_count(config: ModelConfig, embeddings: bool = True) -> int:
-    """Number of trainable parameters; tied weights count once.
+    """Number of trainable parameters; tied weights count once, and what pads the vocabulary counts.
 
     embeddings=False leaves out the token and position tables and an untied output head: the N of Kaplan et al. 2020.
     """
-    hidden, vocab = config.hidden_size, config.vocab_size
+    hidden, vocab = config.hidden_size, config.padded_vocab_size
     matrices, biases = _layer_matrices(config)
     has_norm_bias = config.norm == "layernorm" and config.bias
     norm = hidden * (2 if has_norm_bias else 1)
@@ -30,7 +30,8 @@ def flops_per_token(config: ModelConfig, seq_len: int, *, backward: bool = True,
 
     Forward: 2 x (layers x matrices + vocabulary x hidden) + layers x 4 x keys x hidden, where keys is the number of
     positions a query meets. By the usual convention (Chowdhery et al. 2022, app. B) that is seq_len, as if no score
-    were masked; `causal` counts only the needed ones, (seq_len + 1) / 2 on average. Recomputation is never counted.
+    were masked; `causal` counts only the needed ones, (seq_len + 1) / 2 on average. Not counted are
+    recomputation and what pads the vocabulary.
     """
     matrices, _ = _layer_matrices(config)
     products = 2 * (config.num_layers * matrices + config.vocab_size * config.hidden_size)

@@ -2,7 +2,7 @@
 
 Shapes: tokens (batch, seq) int64 -> hidden states (batch, seq, hidden) -> logits (batch, seq, vocab), or the sum of
 losses. Every block is x + attention(norm(x)), then x + feedforward(norm(x)). A tied head reads the token embedding's
-weights, so the state dict holds them once.
+weights, so the state dict holds them once. Rows that pad the vocabulary have no logits.
 """
 
 import math
@@ -74,14 +74,14 @@ class GPT(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self.loss_kernels = EAGER_KERNELS
         self.flex_attention = False
-        self.embedding = Embedding(config.vocab_size, config.hidden_size)
+        self.embedding = Embedding(config.padded_vocab_size, config.hidden_size)
         if config.position == "learned":
             self.position_embedding = Embedding(config.max_seq_len, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.norm = build_norm(config)
         if not config.tie_embeddings:
-            self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.head = nn.Linear(config.hidden_size, config.padded_vocab_size, bias=False)
 
     def forward(
         self,
@@ -123,8 +123,10 @@ class GPT(nn.Module):
         # The weight is read outside its module's own forward, as an attribute, which is where ZeRO-3 gathers it.
         weight = self.embedding.weight if self.config.tie_embeddings else self.head.weight
         if targets is None:
-            return F.linear(hidden_states, weight)
-        return linear_cross_entropy(hidden_states.flatten(0, 1), weight, targets.flatten(), self.loss_kernels)
+            return F.linear(hidden_states, weight)[..., : self.config.vocab_size]
+        return linear_cross_entropy(
+            hidden_states.flatten(0, 1), weight, targets.flatten(), self.loss_kernels, self.config.vocab_size
+        )
 
     def _embed(self, input_ids: Tensor, positions: Tensor) -> Tensor:
         embedded = self.embedding(input_ids)

@@ -1,7 +1,8 @@
 """GPT-2's initial weights (Radford et al. 2019), each a pure function of the seed and the parameter's name.
 
 Matrices and embeddings are N(0, initializer_range); the projections that write into the residual stream, two a layer,
-are scaled by 1 / sqrt(2 num_layers); biases are 0, norm weights 1. Since no generator is shared, sharded and unsharded
+are scaled by 1 / sqrt(2 num_layers); biases are 0, norm weights 1. What pads the vocabulary is 0, and stays so, as it
+gets no gradient. Since no generator is shared, sharded and unsharded
 models, and models built in another order, start from the same numbers.
 """
 
@@ -18,6 +19,9 @@ from megagpt.config.schema import ModelConfig
 from megagpt.model.gpt import GPT
 
 Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
+
+VOCABULARY_WEIGHTS = {"embedding.weight", "head.weight"}
+"""Parameters with a row for each token id, and maybe rows of padding."""
 
 _RESIDUAL_PROJECTIONS = ("attention.out.weight", "feedforward.down.weight")
 
@@ -41,7 +45,9 @@ def initialize_weights(model: GPT, seed: int, gather: Gather = nullcontext) -> N
                 std = config.initializer_range
                 if name.endswith(_RESIDUAL_PROJECTIONS):
                     std /= math.sqrt(2 * config.num_layers)
-                parameter.copy_(_normal(parameter.shape, std, seed, name))
+                shape = unpadded_shape(name, parameter.shape, config)
+                parameter.zero_()
+                parameter[: shape[0]].copy_(_normal(shape, std, seed, name))
 
 
 def parameter_kind(name: str) -> Literal["norm", "bias", "embedding", "head", "matrix"]:
@@ -54,6 +60,11 @@ def parameter_kind(name: str) -> Literal["norm", "bias", "embedding", "head", "m
     if module == "head":
         return "head"
     return "embedding" if module.endswith("embedding") else "matrix"
+
+
+def unpadded_shape(name: str, shape: torch.Size, config: ModelConfig) -> torch.Size:
+    """The shape of parameter `name` without the rows that pad the vocabulary."""
+    return torch.Size((config.vocab_size, *shape[1:])) if name in VOCABULARY_WEIGHTS else shape
 
 
 def stacked_heights(name: str, config: ModelConfig) -> list[int] | None:

@@ -58,21 +58,30 @@ EAGER_KERNELS = LossKernels(cross_entropy_, accumulate_)
 
 
 def linear_cross_entropy(
-    hidden_states: Tensor, weight: Tensor, targets: Tensor, kernels: LossKernels = EAGER_KERNELS
+    hidden_states: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    kernels: LossKernels = EAGER_KERNELS,
+    vocab_size: int | None = None,
 ) -> Tensor:
     """Sum of the cross-entropies of softmax(hidden_states @ weight.T): an fp32 scalar (fp64 for fp64 inputs).
 
     hidden_states: (tokens, hidden); weight: (vocab, hidden); targets: (tokens,) int64, IGNORE_INDEX where none.
+    vocab_size: rows of the weight that are tokens, if not all: the others pad the products only, have no probability
+    and get a gradient of 0.
     """
+    size = len(weight) if vocab_size is None else vocab_size
     if torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad):
-        return _LinearCrossEntropy.apply(hidden_states, weight, targets, kernels)
-    return _forward(hidden_states, weight, targets, kernels)[0]
+        return _LinearCrossEntropy.apply(hidden_states, weight, targets, kernels, size)
+    return _forward(hidden_states, weight, targets, kernels, size)[0]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_states: Tensor, weight: Tensor, targets: Tensor, kernels: LossKernels) -> Tensor:
-        loss, *gradients = _forward(hidden_states, weight, targets, kernels, *ctx.needs_input_grad[:2])
+    def forward(
+        ctx: Any, hidden_states: Tensor, weight: Tensor, targets: Tensor, kernels: LossKernels, vocab_size: int
+    ) -> Tensor:
+        loss, *gradients = _forward(hidden_states, weight, targets, kernels, vocab_size, *ctx.needs_input_grad[:2])
         ctx.save_for_backward(*gradients)
         ctx.dtypes = hidden_states.dtype, weight.dtype
         return loss
@@ -84,7 +93,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if gradient is None else (gradient * grad_loss).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         )
-        return *gradients, None, None
+        return *gradients, None, None, None
 
 
 def _forward(
@@ -92,30 +101,32 @@ def _forward(
     weight: Tensor,
     targets: Tensor,
     kernels: LossKernels,
+    vocab_size: int,
     hidden_gradient: bool = False,
     weight_gradient: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The loss and, where asked for, its gradients by hidden states (in the products' dtype) and weight (fp32)."""
-    device, (vocab_size, hidden_size) = weight.device.type, weight.shape
+    device, (padded_size, hidden_size) = weight.device.type, weight.shape
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
-    chunk_tokens = min(_chunk_tokens(vocab_size, device), max(1, len(targets)))
+    chunk_tokens = min(_chunk_tokens(padded_size, device), max(1, len(targets)))
     loss = weight.new_zeros((), dtype=_at_least_fp32(dtype))
     # Results are written into buffers made once: fresh memory for each chunk costs as much as half a matrix product.
-    logits_buffer = weight.new_empty(chunk_tokens, vocab_size)
+    logits_buffer = weight.new_empty(chunk_tokens, padded_size)
     if hidden_gradient:
         grad_hidden = torch.empty_like(hidden_states)
     if weight_gradient:
         # As (hidden, vocab), which CPUs multiply a fifth faster than its transpose.
-        grad_weight = weight.new_zeros(hidden_size, vocab_size, dtype=loss.dtype)
-        product = weight.new_empty(hidden_size, vocab_size)
+        grad_weight = weight.new_zeros(hidden_size, padded_size, dtype=loss.dtype)
+        product = weight.new_empty(hidden_size, padded_size)
         # In fp16 the sum over a chunk could overflow, before the loss scale has any say; a power of two is exact.
         scale = 64 if dtype == torch.float16 else 1
     for start in range(0, len(targets), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
         logits = logits_buffer[: len(targets[chunk])]
         torch.mm(hidden_states[chunk], weight.t(), out=logits)
-        loss += kernels.cross_entropy_(logits, targets[chunk], hidden_gradient or weight_gradient)
+        loss += kernels.cross_entropy_(logits[:, :vocab_size], targets[chunk], hidden_gradient or weight_gradient)
+        logits[:, vocab_size:] = 0.0  # the gradient of what has no probability
         grad_logits = logits  # overwritten in place, if any gradient is wanted
         if hidden_gradient:
             torch.mm(grad_logits, weight, out=grad_hidden[chunk])

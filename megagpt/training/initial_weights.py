@@ -26,7 +26,7 @@ from megagpt.model.gpt import GPT
 from megagpt.model.init import Gather
 from megagpt.training.checkpoint import SHARDS, find_checkpoint, read_manifest, verify_checksums
 from megagpt.training.export import model_of, read_export
-from megagpt.training.weights import Weights, check_weights, open_weights
+from megagpt.training.weights import Weights, check_weights, open_weights, without_padding
 
 InitialWeights = Callable[[str], Tensor]
 """The fp32 value of the parameter of this name, on the CPU."""
@@ -55,15 +55,18 @@ def open_initial_weights(
     """
     where = f"train.init_from {path}"
     if any(path.glob("*.safetensors")):
-        source = _Source(*read_export(path, where), path / "tokenizer.json")
+        source = _Source(*without_padding(*read_export(path, where)), path / "tokenizer.json")
     else:
         source = _open_checkpoint(path, where, part, parts)
-    if different := weight_differences(source.model, model):
+    plain = model.without_padding()
+    if different := weight_differences(source.model, plain):
         texts = ", ".join(f"model.{key} is {there} there and {here} here" for key, (there, here) in different.items())
         raise UsageError(f"{where}: is of another model: {texts}; set the section model as it is there")
     _check_tokenizer(source.tokenizer, tokenizer, where)
-    check_weights(source.weights, model, where)
-    return lambda name: source.weights[name].read().float()
+    check_weights(source.weights, plain, where)
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in GPT(model).named_parameters()}
+    return lambda name: _padded(source.weights[name].read().float(), shapes[name])
 
 
 @torch.no_grad()
@@ -102,7 +105,12 @@ def _open_checkpoint(path: Path, where: str, part: int, parts: int) -> _Source:
     except UserError as error:
         raise UserError(f"train.init_from: {error}") from error
     tokenizer = checkpoint.resolve().parent.parent / "tokenizer.json"
-    return _Source(model_of(manifest.model, where), weights, tokenizer)
+    return _Source(*without_padding(model_of(manifest.model, where), weights), tokenizer)
+
+
+def _padded(value: Tensor, shape: torch.Size) -> Tensor:
+    """With the rows of zeros that pad the vocabulary here."""
+    return value if value.shape == shape else F.pad(value, (0, 0, 0, shape[0] - len(value)))
 
 
 def _check_tokenizer(path: Path, tokenizer: TokenizerInfo | None, where: str) -> None:

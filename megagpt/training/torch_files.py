@@ -23,6 +23,9 @@ class Inert:
     def __init__(self, *arguments: object) -> None:
         self.arguments = arguments
 
+    def __setstate__(self, state: object) -> None:
+        self.__dict__.update(state if isinstance(state, dict) else {"state": state})
+
 
 def read_torch_file(path: Path, classes: Mapping[str, type] | None = None, map_location: Any = "cpu") -> Any:
     """The content of the file at `path`; on the CPU memory-mapped: what is not used costs no memory.
@@ -45,6 +48,16 @@ def read_torch_file(path: Path, classes: Mapping[str, type] | None = None, map_l
     except OSError as error:
         raise _unreadable(path, error.strerror or str(error)) from error
     except (RuntimeError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise _unreadable(path, f"not a file that torch saved ({str(error).splitlines()[0]})") from error
+
+
+def foreign_names(path: Path) -> list[str]:
+    """The classes and functions that the file at `path` names, beside those of data. Raises UserError."""
+    try:
+        return torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error)) from error
+    except (RuntimeError, ValueError, EOFError) as error:
         raise _unreadable(path, f"not a file that torch saved ({str(error).splitlines()[0]})") from error
 
 

@@ -16,6 +16,7 @@ import torch
 from megagpt.config.schema import ModelConfig
 from megagpt.errors import UserError
 from megagpt.model.gpt import GPT
+from megagpt.model.init import VOCABULARY_WEIGHTS
 from megagpt.training.shards import Shards, load_file
 
 MAPPED_BYTES = 1 << 26
@@ -84,6 +85,22 @@ def open_weights(shards: Path, zero_stage: int, world_size: int) -> dict[str, We
         name: Weight(tuple(shape), torch.float32, partial(read, name, 4 * shape.numel()))
         for name, shape in shapes.items()
     }
+
+
+def without_padding(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weights]:
+    """The same model without the rows that pad its vocabulary."""
+    if model.padded_vocab_size == model.vocab_size:
+        return model.without_padding(), weights
+    found, rows = dict(weights), model.vocab_size
+    for name in VOCABULARY_WEIGHTS & weights.keys():
+        weight = weights[name]
+        if weight.shape[:1] == (model.padded_vocab_size,):
+            found[name] = Weight((rows, *weight.shape[1:]), weight.dtype, partial(_first_rows, weight, rows))
+    return model.without_padding(), found
+
+
+def _first_rows(weight: Weight, rows: int) -> torch.Tensor:
+    return weight.read()[:rows].clone()
 
 
 def check_weights(weights: Weights, model: ModelConfig, where: str) -> None:

@@ -1,5 +1,6 @@
 """Models of transformers with random weights of odd shapes, saved by transformers itself, and conversions of them."""
 
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -64,3 +65,13 @@ def ids_for(config: Any, seq: int = 33) -> torch.Tensor:
 def converted(source: Path, target: Path, kind: str, **options: Any) -> Conversion:
     """`convert` without progress."""
     return convert(source, target, kind, Options(**options), lambda what, total: nullcontext(lambda done: None))
+
+
+class Malicious:
+    """Pickled, it makes the file `mark` when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)

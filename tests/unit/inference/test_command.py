@@ -84,7 +84,7 @@ def test_says_when_the_context_ends_first(run_dir):
         (["RUN", "--prompt", "x", "--prompt-file", "y"], 2, "--prompt and --prompt-file: give one of them"),
         (["RUN", "--prompt-file", "no/such/file"], 1, "--prompt-file no/such/file: No such file or directory"),
         (["RUN", "--prompt-file", "-"], 1, "--prompt-file standard input: byte 2 is not UTF-8"),
-        ([], 2, "RUN_OR_CHECKPOINT"),
+        ([], 2, "MODEL"),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
 )

@@ -67,7 +67,7 @@ PROBLEMS = {
     ),
     "newer model": (
         lambda run: edit(run / "checkpoints/step_00000020/manifest.json", '"vocab_size":', '"experts":8,"vocab_size":'),
-        "does not know its model's experts=8",
+        "does not know its model.experts",
     ),
     "odd version": (
         lambda run: [

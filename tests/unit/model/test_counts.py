@@ -44,6 +44,7 @@ def test_published_parameter_counts(config, published):
 CONFIGS = st.builds(
     ModelConfig,
     vocab_size=st.integers(1, 300),
+    vocab_multiple_of=st.sampled_from([1, 64]),
     num_layers=st.integers(1, 3),
     hidden_size=st.sampled_from([24, 48]),
     num_attention_heads=st.sampled_from([4, 6]),
@@ -76,6 +77,12 @@ def test_flops_are_those_torch_counts(family):
             model(ids, ids).backward()
     assert flops_per_token(model.config, 24, backward=False) * ids.numel() == forward.get_total_flops()
     assert flops_per_token(model.config, 24) * ids.numel() == both.get_total_flops()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_of_the_vocabulary_is_no_work_that_was_asked_for(family):
+    padded = FAMILIES[family].model_copy(update={"vocab_multiple_of": 512})
+    assert flops_per_token(padded, 24) == flops_per_token(FAMILIES[family], 24)
 
 
 def test_causal_flops_count_each_query_with_the_keys_up_to_its_own():

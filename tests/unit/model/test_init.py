@@ -57,6 +57,17 @@ def test_a_parameter_depends_on_its_name_and_the_seed_only():
     assert not torch.equal(first["embedding.weight"], third["embedding.weight"])
 
 
+@pytest.mark.parametrize("config", [CONFIG, LLAMA], ids=["tied", "untied"])
+def test_padding_of_the_vocabulary_is_zero_and_changes_no_other_weight(config):
+    plain = dict(initialized(config).named_parameters())
+    for name, parameter in initialized(config.model_copy(update={"vocab_multiple_of": 64})).named_parameters():
+        rows = len(plain[name])
+        assert torch.equal(parameter[:rows], plain[name]), name
+        is_padded = name in ("embedding.weight", "head.weight")
+        assert len(parameter) == (512 if is_padded else rows), name
+        assert not parameter[rows:].any(), name
+
+
 def test_low_precision_models_start_from_the_rounded_fp32_weights():
     rounded = GPT(CONFIG).bfloat16()
     initialize_weights(rounded, 0)

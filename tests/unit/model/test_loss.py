@@ -42,6 +42,22 @@ def test_loss_and_gradients_equal_cross_entropy_of_full_logits(tokens, scale):
     torch.testing.assert_close(gradients, expected_gradients)
 
 
+@pytest.mark.parametrize("kernels", [EAGER_KERNELS, EAGER_KERNELS.compiled()], ids=["eager", "compiled"])
+def test_rows_that_pad_the_vocabulary_take_no_probability_and_get_no_gradient(kernels):
+    """However large their logits would be."""
+    hidden, weight, targets = inputs(torch.float64)
+    expected = reference(hidden, weight, targets)
+    expected_gradients = torch.autograd.grad(expected, (hidden, weight))
+    padded = torch.cat((weight.detach(), torch.full((11, HIDDEN), 1e3, dtype=torch.float64))).requires_grad_()
+    loss = linear_cross_entropy(hidden, padded, targets, kernels, VOCAB)
+    hidden_gradient, padded_gradient = torch.autograd.grad(loss, (hidden, padded))
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close((hidden_gradient, padded_gradient[:VOCAB]), expected_gradients)
+    assert not padded_gradient[VOCAB:].any()
+    with torch.no_grad():
+        torch.testing.assert_close(linear_cross_entropy(hidden, padded, targets, kernels, VOCAB), expected)
+
+
 def test_gradcheck_in_double_precision():
     hidden, weight, targets = inputs(torch.float64, tokens=11)
     assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, targets) * 2.0, (hidden, weight))
