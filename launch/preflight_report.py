@@ -86,7 +86,8 @@ def show(reports: Sequence[Report], hosts: Sequence[str], findings: Sequence[Fin
     nodes = numbers_by_node(reports, hosts)
     console.print(f"pre-flight: {headline(reports, hosts)}, {seconds:.1f} s")
     console.print(_node_table(nodes, set(blamed(findings)), hosts))
-    if collectives := next((report.collectives for report in reports if report.collectives), None):
+    collectives = next((report.collectives for report in reports if report.collectives), None)
+    if collectives and len(hosts) > 1:
         table = _table("all ranks", "latency µs", "message MB", "algbw GB/s", "busbw GB/s")
         for one in collectives:
             numbers = (one.latency_seconds * 1e6, one.bytes / 1e6, one.algbw / 1e9, one.busbw / 1e9)

@@ -1,22 +1,20 @@
 """The launch command as real processes that a test may signal, stop and kill, started in a fraction of a second.
 
-Each rank is a fork of a process that has imported torch and DeepSpeed (forked.py), and runs `python -m launch.train`
-from its first line on, with its own environment and output file.
+Each rank is a fork of a process that has imported all it needs (tests/forked.py). It runs `python -m launch.train` from
+its first line on, with its own environment and output file.
 """
 
 import json
 import os
-import runpy
 import signal
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from megagpt.training.metrics import read_metrics
-from tests.distributed.forked import ForkedProcess
 from tests.distributed.ports import master_port
+from tests.forked import ForkedProcess, run_as_main
 
 
 class Job:
@@ -118,9 +116,6 @@ def _rank(
     output: Path,
     prepare: Callable[[], object] | None,
 ) -> None:
-    descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    for stream in (1, 2):
-        os.dup2(descriptor, stream)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ |= {name: str(value) for name, value in place.items()}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -128,5 +123,4 @@ def _rank(
         signal.signal(number, signal.SIG_DFL)
     if prepare:
         prepare()
-    sys.argv = ["launch.train", *arguments]
-    runpy.run_module("launch.train", run_name="__main__", alter_sys=True)
+    run_as_main("launch.train", arguments, [Path(os.devnull), output, output])

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
-from tests.distributed.forked import ForkedProcess
 from tests.distributed.ports import master_port
+from tests.forked import ForkedProcess
 
 
 class Ranks:

@@ -2,14 +2,13 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
 
 from megagpt.config import load_config
+from tests.forked import run_module
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -28,9 +27,7 @@ def command_lines() -> list[tuple[str, list[str]]]:
 
 @cache
 def help_of(module: str, *subcommand: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", module, *subcommand, "--help"], capture_output=True, text=True, cwd=ROOT, check=False
-    )
+    done = run_module(module, *subcommand, "--help")
     assert done.returncode == 0, done.stderr
     return done.stdout
 

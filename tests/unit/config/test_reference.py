@@ -1,5 +1,4 @@
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +7,7 @@ from megagpt.config.describe import all_keys
 from megagpt.config.schema import RunConfig
 from megagpt.corpus.config import CorpusConfig
 from megagpt.scaling.study import StudyConfig
+from tests.forked import run_module
 from tools.config_docs import pages
 
 ROOT = Path(__file__).parents[3]
@@ -15,8 +15,7 @@ NAMES = ("configuration.md", "corpus_configuration.md", "scaling_configuration.m
 
 
 def config_docs(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tools.config_docs", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return run_module("tools.config_docs", *arguments)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -1,4 +1,6 @@
-"""Measure what a conversion takes at its peak: `python -m tests.unit.convert.memory FOLDER [--layers 22] [--max-shard-size 1GB]`.
+"""Measure what a conversion takes at its peak.
+
+    python -m tests.unit.convert.memory FOLDER [--layers 22] [--max-shard-size 1GB]
 
 Makes a run folder of a Llama with random weights in FOLDER (4.4 GB with 22 layers, which takes as much memory), then
 converts it in a process of its own that reports its largest resident set (VmHWM), and removes both.

@@ -1,7 +1,6 @@
 """python -m tools.prepare_chat as its user runs it: what it prints, its errors, and that it is all or nothing."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import run_module
 from tests.unit.corpus.test_chat import chats, contents, make, write_lines
 
 ROOT = Path(__file__).parents[3]
@@ -22,10 +22,7 @@ def command(*arguments: object) -> list[str]:
 
 
 def run(*arguments: object) -> "subprocess.CompletedProcess[str]":
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        command(*arguments), cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    return run_module("tools.prepare_chat", *arguments)
 
 
 def test_it_tells_what_it_made_and_says_so_when_it_was_made_before(tmp_path):

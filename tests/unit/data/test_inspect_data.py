@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +9,17 @@ import pytest
 
 from megagpt.data.manifest import FileChecksum, Manifest
 from megagpt.data.origins import ORIGIN
+from tests.forked import run_module
 from tests.unit.corpus.test_pipeline import run as preprocess
 from tests.unit.corpus.texts import write_jsonl
 from tests.unit.data.reference import index_bytes, write_dataset, write_stream
 from tests.unit.data.test_manifest import BYTES, save_manifest
 
-ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.slow
 
 
 def inspect(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "tools.inspect_data", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return run_module("tools.inspect_data", *arguments)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.forked import run_module
 from tests.unit.inference.runs import write_run
 
 ROOT = Path(__file__).parents[3]
@@ -22,27 +23,19 @@ def run_dir(tmp_path_factory):
 
 
 def generate(*arguments, stdin=b""):
-    return subprocess.run(
-        [sys.executable, "-m", "tools.generate", *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONIOENCODING": "utf-8"},
-        input=stdin,
-        capture_output=True,
-        timeout=120,
-        check=False,
-    )
+    return run_module("tools.generate", *arguments, stdin=stdin)
 
 
 def test_prints_prompt_and_continuation_the_same_for_the_same_seed(run_dir):
     arguments = (run_dir, "--prompt", "Añ", "--max-tokens", 20)
     first, second = generate(*arguments, "--samples", 2), generate(*arguments)
-    assert (first.returncode, first.stderr) == (0, b"")
-    text = first.stdout.decode()
+    assert (first.returncode, first.stderr) == (0, "")
+    text = first.stdout
     head, one, two = text.partition("--- sample 2 of 2 ---\n")[0], *text.split("--- sample 2 of 2 ---\n")
     assert head == one
     assert one.startswith("--- sample 1 of 2 ---\nAñ")
     assert two.startswith("Añ")
-    assert one.removeprefix("--- sample 1 of 2 ---\n") == second.stdout.decode()
+    assert one.removeprefix("--- sample 1 of 2 ---\n") == second.stdout
 
 
 def test_reads_the_prompt_from_standard_input_without_its_last_line_end(run_dir):
@@ -50,7 +43,7 @@ def test_reads_the_prompt_from_standard_input_without_its_last_line_end(run_dir)
     given = generate(run_dir, "--prompt", "two\nlines", "--max-tokens", 1, "--temperature", 0)
     assert done.returncode == 0
     assert done.stdout == given.stdout
-    assert done.stdout.startswith(b"two\nlines")
+    assert done.stdout.startswith("two\nlines")
 
 
 def test_output_that_the_terminal_cannot_show_is_replaced_and_a_full_disk_is_one_line(run_dir):
@@ -67,7 +60,7 @@ def test_output_that_the_terminal_cannot_show_is_replaced_and_a_full_disk_is_one
 
 def test_says_when_the_context_ends_first(run_dir):
     done = generate(run_dir, "--prompt", "x" * 40, "--max-tokens", 100)
-    assert (done.returncode, done.stderr) == (0, b"note: the model's context ends after 9 new tokens\n")
+    assert (done.returncode, done.stderr) == (0, "note: the model's context ends after 9 new tokens\n")
 
 
 @pytest.mark.parametrize(
@@ -90,7 +83,7 @@ def test_says_when_the_context_ends_first(run_dir):
 )
 def test_errors_are_one_line_with_their_exit_code(run_dir, arguments, code, message):
     done = generate(*(run_dir if argument == "RUN" else argument for argument in arguments), stdin=b"ab\xff")
-    assert (done.returncode, done.stdout) == (code, b"")
-    (line,) = done.stderr.decode().splitlines()
+    assert (done.returncode, done.stdout) == (code, "")
+    (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
     assert message in line

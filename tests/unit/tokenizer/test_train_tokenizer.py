@@ -3,11 +3,9 @@
 import gzip
 import itertools
 import json
-import os
 import pydoc_data.topics
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +14,7 @@ import tiktoken.load
 from megagpt.corpus.finding import find_files
 from megagpt.tokenizer import load_tokenizer
 from megagpt.tokenizer.training import train_bpe
+from tests.forked import run_module
 from tools.train_tokenizer import Sample
 
 ROOT = Path(__file__).parents[3]
@@ -23,15 +22,7 @@ TOPICS = [text for _, text in sorted(pydoc_data.topics.topics.items())]
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tools.train_tokenizer", *map(str, arguments)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return run_module("tools.train_tokenizer", *arguments)
 
 
 @pytest.fixture(scope="module")

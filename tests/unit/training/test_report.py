@@ -2,11 +2,9 @@
 
 import base64
 import math
-import os
 import re
 import statistics
 import subprocess
-import sys
 import time
 from datetime import datetime, timezone
 from html.parser import HTMLParser
@@ -19,9 +17,9 @@ from megagpt.errors import UsageError, UserError
 from megagpt.training.history import TRAIN_FIELDS, read_histories
 from megagpt.training.metrics import Record
 from megagpt.training.report import MOST_EVENTS, Summary, listed_events, table_rows, write_report
+from tests.forked import run_module
 from tests.unit.training.fake_runs import FakeRun, write_records
 
-ROOT = Path(__file__).parents[3]
 EVIL = '<script>alert("x")</script>'
 
 
@@ -243,15 +241,7 @@ def test_an_output_that_is_a_file_or_cannot_be_made_is_refused(tmp_path):
 
 
 def command(*arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "tools.report", *map(str, arguments)],
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    return run_module("tools.report", *arguments, folder=folder)
 
 
 @pytest.mark.slow

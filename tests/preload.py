@@ -6,11 +6,16 @@ import os
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 
+import matplotlib.figure
 import tiktoken
 import torch
 
 import launch.process
 import launch.supervisor
+import megagpt.corpus
+import megagpt.inference.generate
+import megagpt.inference.loading
+import megagpt.training.report
 import megagpt.training.run
 import tools.command
 from megagpt.training.engine import import_muon_uncompiled
