@@ -61,6 +61,22 @@ def shared_store(
         yield replace(place, addresses=(address,), ports=(port,)), store
 
 
+def another_client(store: "Store") -> "Store":
+    """The same store over a connection of its own, for another thread: a client that waits serves nobody else."""
+    if hasattr(store, "clone"):
+        return store.clone()
+    return reconnected(store)
+
+
+def reconnected(store: "Store") -> "Store":
+    """What torch before 2.8 has no `clone` for. Keys are seen without the prefix that torchrun gives them."""
+    from torch.distributed import TCPStore
+
+    while not isinstance(store, TCPStore):
+        store = store.underlying_store  # type: ignore[attr-defined]
+    return TCPStore(store.host, store.port, is_master=False)
+
+
 class _Reception:
     """Rank 0: tells everyone who seeks this job where its store is, until it is closed."""
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from launch.environment import discover, is_first_task
+from launch.meeting import another_client
 from launch.process import Meeting, meet
 from megagpt.config.loading import load_config, load_section
 from megagpt.config.schema import RunConfig, Section, TrainConfig
@@ -256,7 +257,7 @@ def _follow(meeting: Meeting, measurement: Measurement, seconds: float) -> int:
     timer.daemon = True
     timer.start()
     try:
-        store = meeting.store.clone()  # type: ignore[attr-defined] # the thread's may be busy waiting
+        store = another_client(meeting.store)  # the thread's may be busy waiting
         while not measurement.over.wait(_POLL_SECONDS) and not store.check(["preflight/ask"]):
             pass
         report = measurement.report()
@@ -284,7 +285,7 @@ def _lead(
     from launch.preflight_report import show, write_json
     from launch.preflight_verdict import in_one_line, judge
 
-    store = meeting.store.clone()  # type: ignore[attr-defined] # the thread's may be busy waiting
+    store = another_client(meeting.store)  # the thread's may be busy waiting
     hosts = hosts_of(meeting)
     reports = _collect(store, measurement, len(hosts), seconds)
     findings = judge(reports, hosts, threshold)

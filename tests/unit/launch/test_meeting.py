@@ -4,11 +4,12 @@ import socket
 import threading
 import time
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 
 from launch.environment import ProcessEnvironment, free_port
-from launch.meeting import find, shared_store
+from launch.meeting import another_client, find, reconnected, shared_store
 from megagpt.errors import UsageError, UserError
 
 
@@ -97,3 +98,17 @@ def test_a_rank_0_that_is_not_there_is_told_with_all_that_was_tried():
     with pytest.raises(UserError, match=r"no-such-host.invalid does not resolve.*127.0.0.1 port .*set MASTER_ADDR"):
         find(places(2, (port,), addresses=("no-such-host.invalid", "127.0.0.1"))[1], timeout=0.5)
     assert time.monotonic() - start < 5
+
+
+@pytest.mark.parametrize("connect", [another_client, reconnected])
+def test_a_client_that_waits_does_not_keep_another_thread_from_the_store(connect):
+    with shared_store(places(1, free_ports(1))[0]) as (_, store):
+        other = connect(store)
+        waiting = threading.Thread(target=store.wait, args=(["awaited"], timedelta(seconds=20)))
+        waiting.start()
+        other.set("word", "heard")
+        assert other.get("word") == b"heard"
+        assert waiting.is_alive()
+        other.set("awaited", "now")
+        waiting.join(20)
+        assert not waiting.is_alive()
