@@ -22,9 +22,10 @@ case ${CUDA_VISIBLE_DEVICES:-NoDevFiles} in  # with --exclusive the former count
 esac
 tasks=${SLURM_NTASKS_PER_NODE:-1}
 if [ "$gpus" -gt 0 ] && [ "$tasks" = 1 ]; then tasks=$gpus; fi
-cpus=$((SLURM_CPUS_ON_NODE / tasks))
+cpus=$((SLURM_CPUS_ON_NODE / tasks)) sharing=()
+if [ "$cpus" = 0 ]; then cpus=1 sharing=(--overcommit); fi  # fewer CPUs than processes: slow, but not refused
 
-export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > 0 ? cpus : 1))}
+export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # Caches of compilers go to the node's own disk: HOME may be slow, full, or not there at all.
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-$(id -un)}
@@ -35,7 +36,7 @@ if [ "$gpus" = 0 ]; then unset SLURM_GPUS_PER_NODE SLURM_GPUS SLURM_CPUS_PER_GPU
 on_all() {
     # Not --kill-on-bad-exit: its signals would hide the exit code of the rank that knows why the run ended.
     srun --wait=60 --nodes="$nodes" --ntasks=$((nodes * tasks)) --ntasks-per-node="$tasks" \
-        --cpus-per-task=$((cpus > 0 ? cpus : 1)) "${SRUN_OPTIONS[@]}" "${RUN[@]}" "$@"
+        --cpus-per-task="$cpus" "${sharing[@]}" "${SRUN_OPTIONS[@]}" "${RUN[@]}" "$@"
 }
 
 on_one() {
@@ -76,5 +77,5 @@ on_all_by_mpi() {  # as one rank a task of an MPI program
         export MPI4PY_MPIABI=${MPI4PY_MPIABI:-mpich} LD_LIBRARY_PATH=$prefix/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
     fi
     srun --mpi="$MPI" --kill-on-bad-exit=1 --nodes="$nodes" --ntasks=$((nodes * tasks)) --ntasks-per-node="$tasks" \
-        --cpus-per-task=$((cpus > 0 ? cpus : 1)) "${SRUN_OPTIONS[@]}" "${RUN[@]}" "$@"
+        --cpus-per-task="$cpus" "${sharing[@]}" "${SRUN_OPTIONS[@]}" "${RUN[@]}" "$@"
 }

@@ -74,8 +74,8 @@ def test_convert_writes_what_transformers_reads(trained: Run, cluster: Cluster, 
 def test_a_scaling_study_runs_a_job_for_each_size_and_reports_after_all(
     cluster: Cluster, dataset: Path, tmp_path: Path
 ):
-    overrides = {name: value for name, value in MODEL.items() if name not in ("train.device", "checkpoint.every")}
-    overrides |= {"data.train.0.path": str(dataset / "train"), "data.validation": [], "train.device": "cpu"}
+    overrides = {name: value for name, value in MODEL.items() if name not in ("checkpoint.every", "logging.every")}
+    overrides |= {"data.train.0.path": str(dataset / "train"), "data.validation": [], "train.compile": False}
     study = {
         "configs": ["configs/small.yaml"],
         "nodes": [1, 2],
