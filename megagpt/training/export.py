@@ -72,10 +72,10 @@ def model_of(values: Any, where: str) -> ModelConfig:
 
 
 def _read_tensor(path: Path, name: str) -> torch.Tensor:
-    """One tensor, in memory of its own: the file is mapped for as long as it is read only."""
+    """One tensor, memory-mapped; the file is mapped for as long as the tensor is used."""
     try:
         with safe_open(path, framework="pt", device="cpu") as content:
-            return content.get_tensor(name).clone()
+            return content.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, error) from error
 
