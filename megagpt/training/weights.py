@@ -19,7 +19,7 @@ from megagpt.model.gpt import GPT
 from megagpt.model.init import VOCABULARY_WEIGHTS
 from megagpt.training.shards import Shards, load_file
 
-MAPPED_BYTES = 1 << 26
+MAPPED_BYTES = 1 << 27
 """Read from a memory-mapped file before it is opened anew."""
 
 OpenedT = TypeVar("OpenedT")
