@@ -13,7 +13,6 @@ import xxhash
 from torch import Tensor
 
 from megagpt.config.schema import ModelConfig
-from megagpt.convert.streamed import Logits
 from megagpt.convert.writing import Report
 from megagpt.errors import UserError
 from megagpt.tokenizer import Tokenizer
@@ -84,11 +83,6 @@ def compare_logits(expected: list[Tensor], found: list[Tensor]) -> Difference:
     )
     scale = max(1.0, *(one.abs().max().item() for one in expected))
     return Difference(apart.max().item(), apart.mean().item(), agree.float().mean().item(), scale)
-
-
-def logits_of(logits: Logits, sequences: list[Tensor]) -> list[Tensor]:
-    """Logits of each sequence."""
-    return [logits(ids) for ids in sequences]
 
 
 def check(difference: Difference, tolerance: float) -> None:
