@@ -57,7 +57,9 @@ def main(
     tolerance: Annotated[
         float, typer.Option(min=0.0, help="Largest difference of logits, as a share of the largest one above 1.")
     ] = TOLERANCE,
-    tokenizer: Annotated[bool, typer.Option(help="Convert the tokenizer, too.")] = True,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Name or file, instead of the model's own; none: convert the weights alone.")
+    ] = None,
     vocab_dir: Annotated[
         Path | None, typer.Option(envvar="MEGAGPT_VOCAB_DIR", help="Folder of vocabulary files.")
     ] = None,
@@ -74,7 +76,7 @@ def main(
         max_shard_bytes=_bytes(max_shard_size),
         tolerance=tolerance,
         verifies=verify,
-        with_tokenizer=tokenizer,
+        tokenizer=tokenizer,
         vocab_dir=vocab_dir,
     )
     started = time.monotonic()

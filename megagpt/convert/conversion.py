@@ -22,9 +22,11 @@ from megagpt.convert.streamed import Logits, gpt_logits, require_transformers, t
 from megagpt.convert.tokenizers import FILES, describe, write_tokenizer
 from megagpt.convert.verify import Difference
 from megagpt.convert.writing import Report, new_folder, write_json, write_shards
-from megagpt.errors import UserError
-from megagpt.tokenizer import Tokenizer
+from megagpt.errors import UsageError, UserError
+from megagpt.tokenizer import Tokenizer, load_tokenizer
 from megagpt.training.weights import Weight, Weights
+
+NO_TOKENIZER = "none"
 
 Progress = Callable[[str, int], contextlib.AbstractContextManager[Report]]
 """Opens the progress of a part of the work, by its name and its bytes."""
@@ -42,8 +44,8 @@ class Options:
     """See megagpt.convert.verify."""
     verifies: bool = True
     """Whether to compare what was written with the source."""
-    with_tokenizer: bool = True
-    """Whether to convert the tokenizer, too."""
+    tokenizer: str | None = None
+    """Name or file of the tokenizer, instead of the model's own; NO_TOKENIZER: none."""
     vocab_dir: Path | None = None
     """Where to look first for vocabulary files."""
 
@@ -108,21 +110,24 @@ def convert(path: Path, target: Path, kind: str, options: Options, progress: Pro
             raise UserError(f"verification failed: the configuration that was written has other {', '.join(different)}")
         with progress("comparing weights", nbytes) as report:
             verify.compare_weights(weights, written.weights, report)
+        rounded = any(weight.dtype != stored[name].dtype for name, weight in weights.items())
         tokens = verify.sample_tokens(model, vocabulary.tokenizer)
-        with progress("comparing logits", 3) as report:
-            expected = _counted(original, tokens, report)
-            found = _counted(_logits_of_source(written), tokens, report)
-            rounded = any(weight.dtype != stored[name].dtype for name, weight in weights.items())
-            reference = _counted(gpt_logits(model, weights), tokens, report) if rounded else expected
+        with progress("comparing logits", (3 if rounded else 2) * len(tokens)) as report:
+            expected = _logits(original, tokens, report)
+            found = _logits(_logits_of_source(written), tokens, report)
+            reference = _logits(gpt_logits(model, weights), tokens, report) if rounded else expected
         difference = verify.compare_logits(reference, found)
         verify.check(difference, options.tolerance)
         rounding = verify.compare_logits(expected, found) if rounded else None
         return done._replace(difference=difference, rounding=rounding, real_tokens=len(tokens) > 1)
 
 
-def _counted(logits: Logits, tokens: list[torch.Tensor], report: Report) -> list[torch.Tensor]:
-    found = verify.logits_of(logits, tokens)
-    report(1)
+def _logits(logits: Logits, tokens: list[torch.Tensor], report: Report) -> list[torch.Tensor]:
+    """Of each sequence (1, seq)."""
+    found = []
+    for ids in tokens:
+        found.append(logits(ids))
+        report(1)
     return found
 
 
@@ -147,8 +152,16 @@ def _cast(weights: Weights, dtype: torch.dtype) -> dict[str, Weight]:
 
 
 def _vocabulary(source: Source, options: Options) -> Vocabulary:
-    if not options.with_tokenizer:
+    if options.tokenizer == NO_TOKENIZER:
         return Vocabulary(None, None)
+    if options.tokenizer:
+        tokenizer = load_tokenizer(options.tokenizer, options.vocab_dir)
+        if tokenizer.vocab_size > source.model.vocab_size:
+            raise UsageError(
+                f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, but the model of {source.path} knows "
+                f"{source.model.vocab_size}; give the tokenizer of its training data"
+            )
+        return Vocabulary(tokenizer, None)
     has_files = source.kind == "hf" or (source.kind == "megagpt" and (source.path / "tokenizer_config.json").is_file())
     return Vocabulary(tokenizer_of(source, options.vocab_dir), source.path if has_files else None)
 

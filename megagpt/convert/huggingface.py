@@ -10,6 +10,7 @@ layout is ours, so that nothing else is turned.
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -164,7 +165,7 @@ def read_json(path: Path) -> dict[str, Any]:
 def stored_weights(folder: Path) -> dict[str, Weight]:
     """The tensors of a Hugging Face folder by its own names: of safetensors if there are any, else of .bin files."""
     for name, index, read in (
-        ("model.safetensors", INDEX, read_safetensors),
+        ("model.safetensors", INDEX, partial(read_safetensors, skips_integers=True)),
         (_BIN, f"{_BIN}.index.json", read_torch_weights),
     ):
         if (folder / index).is_file():

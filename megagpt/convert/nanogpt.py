@@ -72,7 +72,10 @@ def write_file(path: Path, model: ModelConfig, weights: Weights, report: Report)
         "vocab_size": model.vocab_size,
         "dropout": model.dropout,
     }
-    torch.save({"model": tensors, "model_args": arguments}, path)
+    try:
+        torch.save({"model": tensors, "model_args": arguments}, path)
+    except RuntimeError as error:  # what torch makes of a full disk
+        raise OSError(str(error).splitlines()[0]) from error
     fsync_path(path)
 
 

@@ -54,7 +54,7 @@ def transformers_logits(folder: Path) -> Logits:
 
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+            model = AutoModelForCausalLM.from_config(config).eval()
         for parent in list(model.modules()):  # tables that are no weights, and hold numbers
             for name, module in list(parent.named_children()):
                 if any(True for _ in module.buffers(recurse=False)) and name == "rotary_emb":

@@ -69,7 +69,7 @@ def write_tokenizer(tokenizer: Tokenizer, folder: Path, max_seq_len: int) -> Non
     if differing := _first_difference(tokenizer, theirs):
         raise UserError(
             f"tokenizer {tokenizer.name}: Hugging Face's library gives other ids for text such as {differing!r}; "
-            "give --no-tokenizer to convert the weights alone"
+            "give --tokenizer none to convert the weights alone"
         )
     theirs.save(str(folder / "tokenizer.json"))
     end = {"bos_token": END_OF_DOCUMENT, "eos_token": END_OF_DOCUMENT, "unk_token": END_OF_DOCUMENT}

@@ -27,7 +27,7 @@ def read_torch_weights(
     weights: dict[str, Weight] = {}
     for path in files:
         mapped = Mapped(partial(_read, path, pick, classes), reopens=zipfile.is_zipfile(path))
-        for name, tensor in mapped.before_reading(0).items():
+        for name, tensor in mapped.opened().items():
             if name in weights:
                 raise UserError(f"{path}: has weight {name}, which a file beside it has, too; remove one of them")
             if tensor.is_floating_point():
@@ -47,4 +47,4 @@ def _read(path: Path, pick: Pick, classes: Mapping[str, type] | None) -> Mapping
 
 
 def _read_tensor(mapped: Mapped[Mapping[str, torch.Tensor]], name: str) -> torch.Tensor:
-    return mapped.before_reading(mapped.before_reading(0)[name].nbytes)[name].clone()
+    return mapped.opened(mapped.opened()[name].nbytes)[name]

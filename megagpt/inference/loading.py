@@ -55,7 +55,7 @@ def load_model(
         model = GPT(source.model)
     for name, parameter in model.named_parameters():
         module, _, leaf = name.rpartition(".")
-        value = source.weights[name].read().to(device, dtype)
+        value = source.weights[name].read().to(device, dtype, copy=True)
         model.get_submodule(module).register_parameter(leaf, torch.nn.Parameter(value, parameter.requires_grad))
     found = load_tokenizer(tokenizer, vocab_dir) if tokenizer else tokenizer_of(source, vocab_dir)
     if found is None:

@@ -23,6 +23,7 @@ from megagpt.errors import UserError
 from megagpt.training.weights import Weight
 
 _FLOATING = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+_INTEGERS = {"BOOL", "U8", "I8", "I16", "I32", "I64"}
 
 
 class Export(NamedTuple):
@@ -38,8 +39,11 @@ def read_export(folder: Path, where: str) -> Export:
     return Export(model, read_safetensors(sorted(folder.glob("*.safetensors"))))
 
 
-def read_safetensors(files: Sequence[Path]) -> dict[str, Weight]:
-    """The tensors of safetensors files by name. Raises UserError for damaged files and a name that comes twice."""
+def read_safetensors(files: Sequence[Path], skips_integers: bool = False) -> dict[str, Weight]:
+    """The tensors of safetensors files by name; integers (masks) are left out or refused.
+
+    Raises UserError for damaged files, and for a name that comes twice.
+    """
     weights: dict[str, Weight] = {}
     for path in files:
         try:
@@ -50,6 +54,8 @@ def read_safetensors(files: Sequence[Path]) -> dict[str, Weight]:
                             f"{path}: has weight {name}, which a file beside it has, too; remove one of them"
                         )
                     stored = content.get_slice(name)
+                    if skips_integers and stored.get_dtype() in _INTEGERS:
+                        continue
                     if stored.get_dtype() not in _FLOATING:
                         raise UserError(
                             f"{path}: weight {name} is of type {stored.get_dtype()}; export it in fp32 or bf16"
@@ -72,10 +78,10 @@ def model_of(values: Any, where: str) -> ModelConfig:
 
 
 def _read_tensor(path: Path, name: str) -> torch.Tensor:
-    """One tensor, in memory of its own: the file is mapped for as long as it is read only."""
+    """One tensor, memory-mapped; the file is mapped for as long as the tensor is used."""
     try:
         with safe_open(path, framework="pt", device="cpu") as content:
-            return content.get_tensor(name).clone()
+            return content.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise _unreadable(path, error) from error
 

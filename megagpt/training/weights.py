@@ -19,7 +19,7 @@ from megagpt.model.gpt import GPT
 from megagpt.model.init import VOCABULARY_WEIGHTS
 from megagpt.training.shards import Shards, load_file
 
-MAPPED_BYTES = 1 << 26
+MAPPED_BYTES = 1 << 27
 """Read from a memory-mapped file before it is opened anew."""
 
 OpenedT = TypeVar("OpenedT")
@@ -31,7 +31,7 @@ class Weight(NamedTuple):
     shape: tuple[int, ...]
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
-    """Its values on the CPU, in memory of their own."""
+    """Its values on the CPU, not to be changed: they may be memory-mapped."""
 
     @property
     def nbytes(self) -> int:
@@ -43,22 +43,23 @@ Weights = Mapping[str, Weight]
 
 
 class Mapped(Generic[OpenedT]):
-    """Something memory-mapped that is opened anew after MAPPED_BYTES were read of it, so as not to grow.
+    """Something memory-mapped that is let go of after MAPPED_BYTES were read of it, and opened anew: so as not to grow.
 
     reopens: False for what is held in memory, whole.
     """
 
     def __init__(self, open_: Callable[[], OpenedT], reopens: bool = True) -> None:
-        self._open, self._reopens, self._left = open_, reopens, 0
+        self._open, self._reopens, self._left = open_, reopens, MAPPED_BYTES
         self._opened: OpenedT | None = None
 
-    def before_reading(self, nbytes: int) -> OpenedT:
-        """What was opened; the caller is about to read so much of it, and must keep no reference to it."""
-        if self._opened is None or (self._reopens and self._left < 0):
-            self._opened = None  # lets go of it first
-            self._opened, self._left = self._open(), MAPPED_BYTES
+    def opened(self, nbytes: int = 0) -> OpenedT:
+        """For a caller who is about to read so much of it, and keeps no reference to it."""
+        found = self._open() if self._opened is None else self._opened
         self._left -= nbytes
-        return self._opened
+        self._opened = found
+        if self._reopens and self._left < 0:
+            self._opened, self._left = None, MAPPED_BYTES
+        return found
 
 
 def open_weights(shards: Path, zero_stage: int, world_size: int) -> dict[str, Weight]:
@@ -69,17 +70,17 @@ def open_weights(shards: Path, zero_stage: int, world_size: int) -> dict[str, We
     if zero_stage == 0:
         name = "mp_rank_00_model_states.pt"
         whole = Mapped(lambda: load_file(shards, name)["module"])
-        shapes = {name: tensor.shape for name, tensor in whole.before_reading(0).items()}
+        shapes = {name: tensor.shape for name, tensor in whole.opened().items()}
 
         def read(name: str, nbytes: int) -> torch.Tensor:
-            return whole.before_reading(nbytes)[name].to(torch.float32, copy=True)
+            return whole.opened(nbytes)[name].float()
 
     else:
         cut = Mapped(lambda: Shards(shards, zero_stage, world_size))
-        shapes = cut.before_reading(0).shapes
+        shapes = cut.opened().shapes
 
         def read(name: str, nbytes: int) -> torch.Tensor:
-            return cut.before_reading(nbytes).read_weight(name)
+            return cut.opened(nbytes).read_weight(name)
 
     return {
         name: Weight(tuple(shape), torch.float32, partial(read, name, 4 * shape.numel()))
@@ -100,7 +101,7 @@ def without_padding(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, 
 
 
 def _first_rows(weight: Weight, rows: int) -> torch.Tensor:
-    return weight.read()[:rows].clone()
+    return weight.read()[:rows]
 
 
 def check_weights(weights: Weights, model: ModelConfig, where: str) -> None:
@@ -116,5 +117,5 @@ def check_weights(weights: Weights, model: ModelConfig, where: str) -> None:
 
 
 def read_weights(shards: Path, zero_stage: int, world_size: int) -> dict[str, torch.Tensor]:
-    """All of `open_weights` at once."""
-    return {name: weight.read() for name, weight in open_weights(shards, zero_stage, world_size).items()}
+    """All of `open_weights` at once, in memory of their own."""
+    return {name: weight.read().clone() for name, weight in open_weights(shards, zero_stage, world_size).items()}

@@ -1,9 +1,8 @@
-"""Measure what a conversion takes at its peak.
+"""Measure what a conversion takes at its peak: `python -m tests.unit.convert.memory FOLDER --max-shard-size 1GB`.
 
-    python -m tests.unit.convert.memory FOLDER [--layers 22] [--max-shard-size 1GB]
-
-Makes a run folder of a Llama with random weights in FOLDER (4.4 GB with 22 layers, which takes as much memory), then
-converts it in a process of its own that reports its largest resident set (VmHWM), and removes both.
+Makes a run folder of a Llama with random weights in FOLDER (4.4 GB with 22 --layers, which takes as much memory), then
+converts it in a process of its own that reports its largest resident set (VmHWM) and how much of it the imports took,
+and removes both. Other options go to tools.convert.
 """
 
 import argparse
@@ -16,12 +15,17 @@ from megagpt.config import ModelConfig
 from tests.unit.inference.runs import write_run
 
 MEASURED = """
-import re, runpy, sys, pathlib
+import re, runpy, pathlib
+def say(what):
+    status = pathlib.Path("/proc/self/status").read_text()
+    print(what, round(int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) * 1024 / 1e9, 3), "GB", flush=True)
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
+import megagpt.convert
+say("peak of the imports:")
 try:
     runpy.run_module("tools.convert", run_name="__main__", alter_sys=True)
 finally:
-    status = pathlib.Path("/proc/self/status").read_text()
-    print("peak of the process:", int(re.search(r"VmHWM:\\s+(\\d+) kB", status)[1]) * 1024 / 1e9, "GB")
+    say("peak of the process:")
 """
 
 

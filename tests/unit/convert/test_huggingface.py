@@ -90,6 +90,8 @@ def write_as(form: str, folder: Path, target: Path) -> None:
         files = {name: f"model-0000{1 + (name in halves[1])}-of-00002.safetensors" for name in names}
         (target / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
         save_file({"other": torch.ones(1)}, target / "consolidated.safetensors")  # which the index does not name
+        mask = {"transformer.h.0.attn.bias": torch.ones(1, 1, 37, 37, dtype=torch.bool)}
+        save_file(halves[0] | mask, target / "model-00001-of-00002.safetensors")
     elif form == "sharded bin":
         torch.save(halves[0], target / "pytorch_model-00001-of-00002.bin")
         torch.save(halves[1], target / "pytorch_model-00002-of-00002.bin")

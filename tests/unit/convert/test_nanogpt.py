@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from megagpt.config import ModelConfig
-from megagpt.convert import nanogpt, open_source
+from megagpt.convert import nanogpt, open_source, tokenizer_of
 from megagpt.convert.streamed import gpt_logits
 from megagpt.errors import UsageError, UserError
 from tests.unit.convert.models import Malicious, converted
@@ -89,6 +89,19 @@ def test_logits_are_nanogpts_and_the_way_back_is_bit_identical(bias, tmp_path):
     assert back["model_args"] == content["model_args"]
     assert back["model"].keys() == {name for name in content["model"] if not name.endswith(".attn.bias")}
     assert all(torch.equal(value, content["model"][name]) for name, value in back["model"].items())
+
+
+def test_a_tokenizer_may_be_given_and_must_fit(tmp_path):
+    torch.save(checkpoint(bias=True), tmp_path / "ckpt.pt")
+    with pytest.raises(UsageError, match=r"tokenizer bytes has 257 ids, but the model of \S+ knows 101"):
+        converted(tmp_path, tmp_path / "ours", "megagpt", tokenizer="bytes")
+    content = checkpoint(bias=True, vocab_size=300)
+    content["model"]["transformer.wte.weight"] = content["model"]["lm_head.weight"] = torch.randn(300, 42)
+    torch.save(content, tmp_path / "ckpt.pt")
+    assert converted(tmp_path, tmp_path / "ours", "megagpt", tokenizer="bytes").tokenizer == "bytes"
+    assert tokenizer_of(open_source(tmp_path / "ours")).name == "bytes"
+    assert converted(tmp_path / "ours", tmp_path / "bare", "hf", tokenizer="none").tokenizer is None
+    assert not (tmp_path / "bare/tokenizer.json").exists()
 
 
 def test_a_model_without_biases_becomes_a_gpt2_with_biases_of_zero(tmp_path):
