@@ -155,12 +155,12 @@ COLUMNS = (
     ("Time of a step", "s, mean"),
     ("Median", "s"),
     ("Throughput", "tokens/s"),
-    ("Speed-up", "over the first row"),
+    ("Speed-up", "over first row"),
     ("Efficiency", "of ideal"),
     ("Serial share", "Karp-Flatt"),
     ("MFU", ""),
-    ("Peak memory", "GiB, rank 0"),
-    ("Slowest rank", "over the median rank"),
+    ("Memory", "GiB, rank 0"),
+    ("Slowest rank", "over median"),
 )
 
 
