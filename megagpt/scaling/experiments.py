@@ -148,7 +148,8 @@ class EntryFolder:
     def begin(self, shared_cores: int | None = None) -> Attempt:
         """A new attempt, with an empty run folder."""
         attempt = Attempt(number=len(self.stored.attempts) + 1, started=time.time(), shared_cores=shared_cores)
-        self.run_dir(attempt).mkdir(exist_ok=True)
+        with _writing(self.path):
+            self.run_dir(attempt).mkdir(exist_ok=True)
         self.stored.attempts.append(attempt)
         self.save()
         return attempt
@@ -177,7 +178,8 @@ class EntryFolder:
 
     def save(self) -> None:
         """Write entry.json."""
-        replace_file(self.path / "entry.json", (self.stored.model_dump_json(indent=1) + "\n").encode())
+        with _writing(self.path):
+            replace_file(self.path / "entry.json", (self.stored.model_dump_json(indent=1) + "\n").encode())
 
 
 class StudyFolder:
@@ -212,11 +214,9 @@ class StudyFolder:
             known = {entry.name: entry for entry in before.entries}
             if foreign := [entry for entry in before.entries if entry.name not in {one.name for one in planned}]:
                 raise UsageError(_describe_foreign(path, foreign, planned))
-        try:
+        with _writing(path):
             entries = [known.get(entry.name) or _new_entry(path / "entries" / entry.name, entry) for entry in planned]
             replace_file(path / "study.json", (stored.model_dump_json(indent=1) + "\n").encode())
-        except OSError as error:
-            raise UserError(f"--output {path}: cannot be written: {error.strerror}") from error
         return cls(path, stored, entries)
 
     @property
@@ -239,11 +239,9 @@ def locked(path: Path) -> Iterator[None]:
         raise UsageError(f"--output {path}: is a file; name a folder for the study")
     if path.exists() and {file.name for file in path.iterdir()} - {".lock"} and not (path / "study.json").exists():
         raise UsageError(f"--output {path}: has files, but no study; choose another folder")
-    try:
+    with _writing(path):
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / ".lock").open("a+", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"--output {path}: cannot be written: {error.strerror}") from error
     with lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -254,6 +252,15 @@ def locked(path: Path) -> Iterator[None]:
         lock.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         lock.flush()
         yield
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turn an OSError into a UserError that names the folder."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
 
 
 def is_locked(path: Path) -> bool:

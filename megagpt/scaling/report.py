@@ -27,6 +27,12 @@ from megagpt.training.plots import compact
 
 UNKNOWN = "–"
 
+LEARNING_RATES = {
+    "none": "The learning rate is the same for every batch (lr_scaling: none), so losses cannot be compared.",
+    "sqrt": "The learning rate grows with the square root of the batch (lr_scaling: sqrt).",
+    "linear": "The learning rate grows in proportion to the batch (lr_scaling: linear).",
+}
+
 PIXELS_A_REM = 28
 """Of the pictures."""
 
@@ -46,10 +52,8 @@ class Reported:
         for curve in self.results.curves:
             for point in curve.points:
                 seconds = with_interval(point.step_seconds.interval, digits)
-                rate, efficiency = (
-                    compact(point.tokens_per_second.value),
-                    with_interval(curve.efficiency(point), percent),
-                )
+                rate = compact(point.tokens_per_second.value)
+                efficiency = with_interval(curve.efficiency(point), percent)
                 ranks = f"{point.ranks} rank{'s' * (point.ranks > 1)}"
                 found.append(f"{curve.name}, {ranks}: {seconds} s/step, {rate} tokens/s, efficiency {efficiency}")
         titles = {entry.name: entry.title for entry in self.results.folder.entries}
@@ -121,13 +125,8 @@ def _rule(folder: StudyFolder, curves: list[Curve]) -> list[str]:
     if stored.kind == "strong":
         lines = ["Strong scaling: the global batch is the same on every number of ranks, so a rank's share shrinks."]
     else:
-        learning_rate = {
-            "none": "The learning rate is the same for every batch (lr_scaling: none), so losses cannot be compared.",
-            "sqrt": "The learning rate grows with the square root of the batch (lr_scaling: sqrt).",
-            "linear": "The learning rate grows in proportion to the batch (lr_scaling: linear).",
-        }[study.lr_scaling]
         lines = ["Weak scaling: a rank's sequences are the same on every number of ranks, the global batch grows."]
-        lines.append(learning_rate)
+        lines.append(LEARNING_RATES[study.lr_scaling])
     lines.append("Ideal is that a rank reads as many tokens/s as on the smallest number of ranks that was measured.")
     lines.append(f"Each run: {study.steps} steps, the first {study.discard_steps} after every start not counted.")
     lines.append(
@@ -155,12 +154,12 @@ COLUMNS = (
     ("Time of a step", "s, mean"),
     ("Median", "s"),
     ("Throughput", "tokens/s"),
-    ("Speed-up", "over the first row"),
+    ("Speed-up", "over first row"),
     ("Efficiency", "of ideal"),
     ("Serial share", "Karp-Flatt"),
     ("MFU", ""),
-    ("Peak memory", "GiB, rank 0"),
-    ("Slowest rank", "over the median rank"),
+    ("Memory", "GiB, rank 0"),
+    ("Slowest rank", "over median"),
 )
 
 

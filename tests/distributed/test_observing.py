@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import re
 import time
 from pathlib import Path
 
@@ -128,6 +129,7 @@ def test_goodput_counts_the_time_between_restarts_and_steps_that_were_repeated(o
     first, last = records(tmp_path / "run", "start")[0], records(tmp_path / "run", "train")[-1]
     productive = sum(record["step_seconds"] for record in records(tmp_path / "run", "train"))
     started = manifest(tmp_path / "run/checkpoints/step_00000010")["started"]
+    assert re.fullmatch(r"CPU with \d+ thread\(s\)", first["device"])
     assert 0 < first["time"] - started < 60  # the model is built in between
     assert last["time"] - first["time"] > pause
     assert last["goodput"] == pytest.approx(productive / (last["time"] - started), rel=0.01)

@@ -100,6 +100,14 @@ def test_two_numbers_of_ranks_leave_the_form_open(law):
     assert far.low <= truth(64) <= far.high
 
 
+@pytest.mark.parametrize("law", ["rings", "weak trees"])
+def test_forms_that_fit_as_well_as_each_other_count_alike(law):
+    """Three numbers of ranks, three coefficients: both forms go through all points."""
+    kind, _, truth, _ = LAWS[law]
+    found = fit(kind, truth, noise=0.01, ranks=RANKS[:3], draws=600)
+    assert [form.weight for form in found.forms] == pytest.approx([0.5, 0.5], abs=0.08)
+
+
 def test_the_same_times_give_the_same_fit():
     first, second = (fit("strong", LAWS["trees"][2], 0.02).seconds([256]) for _ in range(2))
     assert first == second

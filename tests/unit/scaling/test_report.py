@@ -78,7 +78,7 @@ def test_the_table_has_the_numbers_of_the_formula(strong):
         efficiency = float(cells["Efficiency"].partition(" %")[0]) / 100
         assert efficiency == pytest.approx(2.05 / (truth * ranks), rel=0.02)
         assert cells["Batch"] == "64"
-        assert float(cells["Peak memory"]) == 1.0
+        assert float(cells["Memory"]) == 1.0
 
 
 def test_a_failed_run_is_on_the_page_with_its_error_and_the_others_count(strong):
@@ -89,6 +89,7 @@ def test_a_failed_run_is_on_the_page_with_its_error_and_the_others_count(strong)
     assert [point.ranks for point in curve.points] == [1, 2, 8, 16]
     assert any("failed with exit code -9" in line for line in reported.lines())
     assert "script" not in page.tags
+    assert "Runs were started on this machine, on a chip." in page.text
 
 
 def test_the_page_loads_nothing_and_carries_every_picture(strong):
