@@ -49,7 +49,8 @@ lint: setup ## ruff (lint and format) and mypy
 benchmark: setup ## a training step side by side with a plain torch loop
 	@$(BIN)/python -m tools.benchmark train configs/small.yaml
 
-soak: setup ## half an hour of training under kills, signals, hangs and changing ranks (see docs/reliability.md)
+soak: setup ## preprocessing under 40 kills; half an hour of training under kills, hangs and changing ranks
+	@$(BIN)/python -m pytest tests/distributed/test_preprocess_faults.py -k random_moments --kills 40
 	@$(BIN)/python -m tests.distributed.soak
 
 format: setup ## let ruff rewrite the files

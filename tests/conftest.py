@@ -27,3 +27,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "tests/slurm" if nodeid.startswith("tests/slurm/") else super()._split_scope(nodeid)
 
     return Scheduler(config, log)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=8, help="how often the tests of random kills kill (default 8)")
+
+
+@pytest.fixture
+def number_of_kills(request: pytest.FixtureRequest) -> int:
+    return request.config.getoption("--kills")

@@ -68,6 +68,12 @@ def losses(records: list[dict[str, Any]]) -> list[float]:
     return [record["loss"] for record in records if record["kind"] == "train"]
 
 
+def exact_numbers(run_dir: Path, after: int = 0) -> list[tuple[float, ...]]:
+    """What must not change by a single bit, for each training step after step `after`."""
+    records = [r for r in read_metrics(run_dir / "metrics.jsonl") if r["kind"] == "train" and r["step"] > after]
+    return [(record["step"], *(record[key] for key in ("loss", "grad_norm", "lr", "tokens"))) for record in records]
+
+
 def refusal(config: RunConfig) -> tuple[str, int]:
     """The message and exit code with which this process group refuses `config`."""
     try:

@@ -24,7 +24,6 @@ from tests.distributed.launched import Job, manifest, records, start
 pytestmark = pytest.mark.slow
 
 STEPS = 100
-KILLS = 8  # the soak (make soak) has many more
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +65,12 @@ def steps_done(run_dir: Path) -> int:
     return max((record["step"] for record in records(run_dir, "train")), default=0)
 
 
+def catches_signals(pid: int) -> bool:
+    """Whether a process has come so far that it handles SIGTERM and SIGUSR1."""
+    caught = int(Path(f"/proc/{pid}/status").read_text().split("SigCgt:")[1].split()[0], 16)
+    return all(caught >> number - 1 & 1 for number in (signal.SIGTERM, signal.SIGUSR1))
+
+
 def finish(config_file: Path, run_dir: Path, *overrides: str) -> None:
     job = start(config_file, run_dir, *overrides)
     assert job.wait() == [0, 0], job.output()
@@ -85,7 +90,8 @@ def test_signals_at_any_moment_stop_all_ranks_with_a_checkpoint_and_nothing_is_l
             job.wait_until(lambda before=before: steps_done(run_dir) > before)
             time.sleep(moments.uniform(0, 0.3))
         else:
-            time.sleep(0.2)
+            job.wait_until(lambda job=job: all(catches_signals(process.pid) for process in job.ranks))
+            time.sleep(moments.uniform(0, 0.2))
         job.send(number, ranks)
         assert job.wait() == [REQUEUE, REQUEUE], job.output()
         newest = newest_checkpoint(run_dir / "checkpoints")
@@ -157,11 +163,11 @@ def with_little_patience() -> None:
     supervisor._GRACE_SECONDS = 1.0
 
 
-def test_random_kills_of_one_rank_end_the_others_and_lose_nothing(config_file, whole, tmp_path):
+def test_random_kills_of_one_rank_end_the_others_and_lose_nothing(config_file, whole, tmp_path, number_of_kills):
     run_dir, moments = tmp_path / "run", random.Random(2)
     kills = 0
     settings = ["checkpoint.every=2"]  # so that many a kill meets a save
-    while kills < KILLS:
+    while kills < number_of_kills:
         before = steps_done(run_dir)
         job = start(config_file, run_dir, *settings, prepare=with_little_patience)
         job.wait_until(lambda before=before, job=job: steps_done(run_dir) != before or not job.running)
@@ -184,7 +190,7 @@ def test_random_kills_of_one_rank_end_the_others_and_lose_nothing(config_file, w
     job.kill()
     finish(config_file, run_dir, *settings)
     assert exact(run_dir) == whole
-    assert kills == KILLS
+    assert kills == number_of_kills
 
 
 def test_a_rank_that_hangs_makes_all_write_their_stacks_and_exit(config_file, tmp_path):

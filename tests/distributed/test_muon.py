@@ -13,8 +13,7 @@ from megagpt.config.schema import RunConfig
 from megagpt.data.loader import TrainingData
 from megagpt.model.gpt import GPT
 from megagpt.model.init import initialize_weights
-from tests.distributed.jobs import losses, tiny_config, train_and_report
-from tests.distributed.test_resume import exact_numbers
+from tests.distributed.jobs import exact_numbers, losses, tiny_config, train_and_report
 
 STEPS = 20
 STAGES = (0, 1, 2)

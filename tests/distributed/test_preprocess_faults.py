@@ -101,8 +101,8 @@ def arguments_for(corpus: Path, output: Path, *more: object) -> list[object]:
 # Kills of everything
 
 
-def test_killed_at_twenty_random_moments_nothing_is_redone_and_no_byte_differs(
-    corpus: Path, expected: dict[str, bytes], tmp_path: Path
+def test_killed_at_random_moments_nothing_is_redone_and_no_byte_differs(
+    corpus: Path, expected: dict[str, bytes], tmp_path: Path, number_of_kills: int
 ) -> None:
     rng = random.Random(20)
     output = tmp_path / "out"
@@ -110,7 +110,7 @@ def test_killed_at_twenty_random_moments_nothing_is_redone_and_no_byte_differs(
     finished: dict[Path, tuple[int, int]] = {}
     seconds = 1.0  # what the work after the start takes, about
     reused = ends = 0
-    for kill in range(20):
+    for kill in range(number_of_kills):
         process = start(run)
         if kill % 4 == 3:  # while the dataset is joined and published
             wait_until(lambda: list(tmp_path.glob(".out.*")) != [tmp_path / ".out.lock"] or output.exists())
@@ -142,7 +142,7 @@ def test_killed_at_twenty_random_moments_nothing_is_redone_and_no_byte_differs(
         assert "from an earlier run" in said
     assert contents(output) == expected
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "out"]
-    assert reused > 100
+    assert reused > 5 * number_of_kills
 
 
 def receipts(folder: Path) -> list[Path]:
@@ -252,9 +252,7 @@ def test_too_little_memory_is_an_error_that_names_the_document(tmp_path: Path) -
     texts = ["small", " ".join(map(str, range(4_000_000)))]
     corpus = write_jsonl(tmp_path / "in/a.jsonl", texts).parent
     limited = ["prlimit", f"--as={600 << 20}", *command(*arguments_for(corpus, tmp_path / "out"))]
-    begin = time.monotonic()
     code, _, errors = finish(start(limited))
-    assert time.monotonic() - begin < SECONDS_TO_END
     assert (code, errors.count("\n")) == (1, 1)
     assert errors.startswith(f"error: stage extract, {corpus}/a.jsonl ")
     assert "out of memory; run the same command again with fewer --workers" in errors
