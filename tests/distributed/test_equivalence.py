@@ -81,6 +81,7 @@ def test_gradients_of_many_bf16_micro_batches_are_summed_in_fp32(zero_stage, two
         config = tiny_config(
             corpus,
             tmp_path / name,
+            model={"num_layers": 1},
             train={"steps": 1, "global_batch_size": 512, **settings},
             schedule={"warmup_steps": 0},
             parallel={"zero_stage": zero_stage},
