@@ -17,7 +17,7 @@ from megagpt.config.compatibility import weight_differences
 from megagpt.config.schema import ModelConfig
 from megagpt.config.yaml12 import dump
 from megagpt.convert import huggingface, nanogpt, verify
-from megagpt.convert.source import TOKENIZER, Source, open_source, special_ids, tokenizer_of
+from megagpt.convert.source import TOKENIZER, Source, huggingface_files, open_source, special_ids, tokenizer_of
 from megagpt.convert.streamed import Logits, gpt_logits, require_transformers, transformers_logits
 from megagpt.convert.tokenizers import FILES, describe, write_tokenizer
 from megagpt.convert.verify import Difference
@@ -162,8 +162,7 @@ def _vocabulary(source: Source, options: Options) -> Vocabulary:
                 f"{source.model.vocab_size}; give the tokenizer of its training data"
             )
         return Vocabulary(tokenizer, None)
-    has_files = source.kind == "hf" or (source.kind == "megagpt" and (source.path / "tokenizer_config.json").is_file())
-    return Vocabulary(tokenizer_of(source, options.vocab_dir), source.path if has_files else None)
+    return Vocabulary(tokenizer_of(source, options.vocab_dir), huggingface_files(source))
 
 
 def _write_megagpt(

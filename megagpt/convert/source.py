@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from megagpt.config.schema import ModelConfig
 from megagpt.convert import huggingface, megatron, nanogpt
-from megagpt.convert.tokenizers import read_tokenizer
+from megagpt.convert.tokenizers import FILES, read_tokenizer
 from megagpt.data.manifest import TokenizerInfo
 from megagpt.errors import UserError
 from megagpt.tokenizer import Tokenizer, load_tokenizer
@@ -94,6 +94,20 @@ def tokenizer_of(source: Source, vocab_dir: str | Path | None = None) -> Tokeniz
             f"the training data {info.vocab_sha256[:12]}...; find that vocabulary"
         )
     return tokenizer
+
+
+def huggingface_files(source: Source) -> Path | None:
+    """The folder in which Hugging Face's files describe the model's tokenizer; None if ours do, or nothing does."""
+    path = source.folder / TOKENIZER
+    if source.kind == "hf":
+        return source.folder
+    if source.kind != "megagpt" or not any((source.folder / name).is_file() for name in FILES):
+        return None
+    try:
+        TokenizerInfo.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return source.folder
+    return None
 
 
 def special_ids(folder: Path) -> dict[str, object]:

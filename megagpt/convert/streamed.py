@@ -55,10 +55,9 @@ def transformers_logits(folder: Path) -> Logits:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config).eval()
-        for parent in list(model.modules()):  # tables that are no weights, and hold numbers
-            for name, module in list(parent.named_children()):
-                if any(True for _ in module.buffers(recurse=False)) and name == "rotary_emb":
-                    setattr(parent, name, type(module)(config=config))
+        for parent in list(model.modules()):
+            if hasattr(parent, "rotary_emb"):  # its table of frequencies is no weight, but computed when it is made
+                parent.rotary_emb = type(parent.rotary_emb)(config=config)
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     if config.tie_word_embeddings:
         embedding = next(name for name in names if name.endswith(("wte.weight", "embed_tokens.weight")))

@@ -80,5 +80,5 @@ def _resolve(device: str | torch.device) -> torch.device:
 def _without_tokenizer(folder: Path) -> str:
     path = folder / "tokenizer.json"
     if path.exists():
-        return f"{path}: is of another kind than byte-level BPE; name a tokenizer that has the same ids"
+        return f"{path}: is no byte-level BPE with a known eos_token_id; name a tokenizer that has the same ids"
     return f"{path}: missing; name the tokenizer of the training data"

@@ -71,7 +71,7 @@ def test_universal_form_holds_what_plain_torch_and_deepspeeds_own_tool_say(zero_
         ds_to_universal.main(Namespace(**folders, **options, inject_missing_state=True))
     for name, state in found.items():
         for key in ("fp32", "exp_avg", "exp_avg_sq"):
-            theirs = torch.load(tmp_path / f"theirs/zero/{name}/{key}.pt", weights_only=False)
+            theirs = torch.load(tmp_path / f"theirs/zero/{name}/{key}.pt", weights_only=True)
             whole = theirs if zero_stage == 3 else theirs["param"]
             assert torch.equal(whole.view(state[key].shape), state[key])
 

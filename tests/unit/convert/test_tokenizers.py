@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -20,6 +21,14 @@ from megagpt.tokenizer.ranks import write_rank_file
 from megagpt.tokenizer.training import train_bpe
 
 PYTHON = [path.read_text(encoding="utf-8") for path in sorted(Path(json.__file__).parent.glob("*.py"))]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_proofs() -> Iterator[None]:
+    """These tests compare on texts of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(convert_tokenizers, "PROOF_TEXTS", 10)
+        yield
 
 
 @pytest.fixture(scope="module")
