@@ -1,8 +1,8 @@
 """python -m launch.job: what a Slurm batch script asks before and after training; it acts on the answers itself.
 
-`begin CONFIG [section.key=value ...]` checks the configuration, prints the job's log folder, RUN/logs/JOBID, and notes
-the start in its restarts.jsonl; `end CONFIG CODE [...]` notes the end and prints what to do: done, requeue, stop or
-hold. The lines of restarts.jsonl are described in megagpt/training/attempts.py.
+`begin CONFIG [section.key=value ...]` checks the configuration, notes the start in RUN/logs/JOBID/restarts.jsonl, and
+prints that folder and how many of the job's nodes to use; `end CONFIG CODE [...]` notes the end and prints what to do:
+done, requeue, stop or hold. The lines of restarts.jsonl are described in megagpt/training/attempts.py.
 
 A job that is requeued again and again without getting anywhere holds resources for nothing: after three restarts that
 found no newer checkpoint it is held, with the reason, until somebody releases it. Slurm requeues by itself too, after a
@@ -21,8 +21,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from launch.environment import log_folder
-from megagpt.config import load_config
-from megagpt.errors import UsageError, UserError
+from megagpt.config import check_batches, load_config
+from megagpt.config.schema import RunConfig
+from megagpt.errors import ConfigError, UsageError, UserError
 from megagpt.training.checkpoint import complete_checkpoints
 from megagpt.training.supervision import HANG, LOST, REQUEUE
 from tools.command import run_command
@@ -51,12 +52,20 @@ def main() -> None:
 
 
 @app.command()
-def begin(config: Config, overrides: Overrides = None) -> None:
-    """Check the configuration, note the start and print the folder of the job's logs.
+def begin(
+    config: Config,
+    overrides: Overrides = None,
+    tasks: Annotated[int, typer.Option(min=1, help="Processes a node.")] = 1,
+) -> None:
+    """Check the configuration, note the start, print the folder of the job's logs and how many of its nodes to use.
 
-    Exit code 87: the job was restarted three times without a newer checkpoint; hold it.
+    Those are all of them if the batch can be cut for that many, else as many as it can be cut for. Exit code 87: the
+    job was restarted three times without a newer checkpoint; hold it.
     """
-    run_dir, logs = _folders(config, overrides or [], os.environ)
+    run_config = load_config(config, overrides or [])
+    run_dir, logs = _folders(run_config, os.environ)
+    allocated = int(os.environ.get("SLURM_JOB_NUM_NODES", "1"))
+    used = usable_nodes(run_config, allocated, tasks)
     job, restart = os.environ["SLURM_JOB_ID"], int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     step, events = newest_step(run_dir), read_events(logs)
     if reason := reason_to_hold(events, step):
@@ -66,13 +75,17 @@ def begin(config: Config, overrides: Overrides = None) -> None:
     _note(logs, event="start", job=job, restart=restart, step=step, nodes=nodes)
     if restart:
         print(f"restart {restart} of job {job} on {nodes}, from step {step}", file=sys.stderr)
-    print(logs)
+    if used < allocated:
+        batch = run_config.train.global_batch_size
+        why = f"a batch of {batch} sequences cannot be cut for {allocated * tasks} ranks"
+        print(f"{allocated - used} of {allocated} nodes stay idle: {why}, but for {used * tasks}", file=sys.stderr)
+    print(logs, used)
 
 
 @app.command()
 def end(config: Config, code: Annotated[int, typer.Argument(help="Exit code.")], overrides: Overrides = None) -> None:
     """Note the end of training and print what to do now: done, requeue, stop or hold."""
-    run_dir, logs = _folders(config, overrides or [], os.environ)
+    run_dir, logs = _folders(load_config(config, overrides or []), os.environ)
     events = read_events(logs)
     decision, reason = decide(code, events, newest_step(run_dir))
     restart = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
@@ -139,10 +152,27 @@ class _HoldError(UserError):
     exit_code = HOLD
 
 
-def _folders(config: str, overrides: Sequence[str], environ: Mapping[str, str]) -> tuple[Path, Path]:
+def usable_nodes(config: RunConfig, nodes: int, tasks: int) -> int:
+    """The largest number of nodes, of `nodes`, over which each batch of the run can be cut.
+
+    tasks: processes a node. Raises ConfigError if there is none, for all nodes.
+    """
+    problem: ConfigError | None = None
+    for used in range(nodes, 0, -1):
+        try:
+            check_batches(config.train.batches, config.train.micro_batch_size, used * tasks)
+        except ConfigError as error:
+            problem = problem or error
+        else:
+            return used
+    assert problem is not None, "there is at least one node"
+    raise problem
+
+
+def _folders(config: RunConfig, environ: Mapping[str, str]) -> tuple[Path, Path]:
     if "SLURM_JOB_ID" not in environ:
         raise UsageError("SLURM_JOB_ID is not set: this command is for the batch scripts of slurm/")
-    run_dir = Path(load_config(config, overrides).train.run_dir)
+    run_dir = Path(config.train.run_dir)
     return run_dir, log_folder(run_dir, environ)
 
 
@@ -163,4 +193,6 @@ def _signal_name(number: int) -> str:
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGUSR1):  # for training; books are kept in a moment, and must be
+        signal.signal(number, signal.SIG_IGN)
     run_command(app, PROGRAM)

@@ -58,7 +58,7 @@ def main(
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Where to write all results as JSON.")] = None,
-    timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for missing ranks.")] = 60.0,
+    timeout: Annotated[float, typer.Option(min=1, help="Seconds to wait for missing ranks.")] = 300.0,
     seconds: Annotated[
         float, typer.Option(min=2, help="Seconds for all measurements; who is not done then is named.")
     ] = 20.0,

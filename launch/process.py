@@ -69,7 +69,7 @@ def meet(place: ProcessEnvironment, train: TrainConfig, timeout: float = MEETING
     except UsageError as error:
         problem = error
     with shared_store(place, timeout) as (place, store):
-        everybody = roll_call(place, store, here(place, device_id(device), problem), timeout)
+        everybody = roll_call(place, store, here(place, device_id(device), visible_gpus(), problem), timeout)
     assert device is not None
     os.environ.update(place.variables())
     os.environ["DS_ACCELERATOR"] = device.type
@@ -103,7 +103,7 @@ def _choose_device(place: ProcessEnvironment, wanted: str, precision: str) -> "t
     """The device of this rank; on a CPU also the number of threads."""
     import torch
 
-    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    visible = visible_gpus()
     if wanted == "cpu" or (wanted == "auto" and not visible and not granted_gpus(os.environ)):
         check_precision(precision, "cpu")
         torch.set_num_threads(cpu_threads(os.environ, len(os.sched_getaffinity(0)), place.local_world_size))
@@ -111,7 +111,11 @@ def _choose_device(place: ProcessEnvironment, wanted: str, precision: str) -> "t
     if not visible:
         count = granted_gpus(os.environ)
         given = f"Slurm gave this job {count} on this node" if count else "train.device=cuda"
-        reason = "its driver does not answer: try nvidia-smi" if torch.version.cuda else "it is a build without CUDA"
+        reason = (
+            "its driver does not answer: try nvidia-smi"
+            if torch.version.cuda or torch.version.hip
+            else "it is a build without CUDA"
+        )
         raise UsageError(
             f"torch {torch.__version__} sees no GPU ({reason}), but {given}; for CPUs set train.device=cpu"
         )
@@ -120,6 +124,13 @@ def _choose_device(place: ProcessEnvironment, wanted: str, precision: str) -> "t
     torch.cuda.set_device(device)
     check_precision(precision, "cuda", bf16_supported=torch.cuda.is_bf16_supported(including_emulation=False))
     return device
+
+
+def visible_gpus() -> int:
+    """How many GPUs torch sees."""
+    import torch
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def device_id(device: "torch.device | None") -> str:

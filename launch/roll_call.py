@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 _EVERYBODY = "roll_call/everybody"
 _CHECK_SECONDS = 0.2
+_HEAR_SECONDS = 10.0  # for the others to read what is wrong
 
 
 @dataclass(frozen=True)
@@ -39,16 +40,22 @@ class Presence:
     device: str
     """cpu, or the UUID of its GPU."""
     granted_gpus: int | None
-    """GPUs that Slurm gave this step on this host; None outside Slurm."""
+    """GPUs that Slurm gave this step on this host, 0 also where it does not manage them; None outside Slurm."""
+    visible_gpus: int = 0
+    """GPUs that torch sees."""
     problem: str = ""
     """Why it cannot take part, and the exit code for that."""
     exit_code: int = 0
 
 
 def here(
-    place: ProcessEnvironment, device: str, problem: UserError | None = None, environ: Mapping[str, str] = os.environ
+    place: ProcessEnvironment,
+    device: str,
+    visible_gpus: int = 0,
+    problem: UserError | None = None,
+    environ: Mapping[str, str] = os.environ,
 ) -> Presence:
-    """This process's presence."""
+    """This process's presence; the fields' values that only it knows."""
     return Presence(
         rank=place.rank,
         host=environ.get("SLURMD_NODENAME") or socket.gethostname(),
@@ -56,6 +63,7 @@ def here(
         address=address_towards(place.master_addr) if place.rank else "127.0.0.1",
         device=device,
         granted_gpus=granted_gpus(environ),
+        visible_gpus=visible_gpus,
         problem=str(problem or ""),
         exit_code=problem.exit_code if problem else 0,
     )
@@ -67,23 +75,29 @@ def roll_call(place: ProcessEnvironment, store: "Store", mine: Presence, timeout
     Raises AgreedError, on all ranks that are there, if some are missing after `timeout` or if what they say contradicts
     itself.
     """
-    from torch.distributed import DistStoreError
+    from torch.distributed import DistError, DistStoreError
 
-    store.set(f"roll_call/{place.rank}", json.dumps(asdict(mine)))
-    if place.rank == 0:
-        present = _collect(store, place.world_size, timeout)
-        store.set(_EVERYBODY, json.dumps(present))
     try:
+        store.set(f"roll_call/{place.rank}", json.dumps(asdict(mine)))
+        if place.rank == 0:
+            store.set(_EVERYBODY, json.dumps(_collect(store, place.world_size, timeout)))
         store.wait([_EVERYBODY], timedelta(seconds=timeout + 30))
+        everybody = [Presence(**fields) for fields in json.loads(store.get(_EVERYBODY))]
+        heard = store.add("roll_call/heard", 1)
     except DistStoreError as error:
         raise UserError(f"rank {place.rank}: rank 0 found, but it said nothing within {timeout + 30:.0f} s") from error
-    present = json.loads(store.get(_EVERYBODY))
-    everybody = [Presence(**fields) for fields in present]
-    if message := missing(everybody, place.world_size, os.environ, timeout):
-        raise AgreedError(message, 1)
-    if trouble := contradiction(everybody):
-        raise AgreedError(*trouble)
-    return everybody
+    except DistError as error:  # it has ended, and told why, or was killed
+        raise AgreedError(f"rank 0 is gone: {error}", 1) from error
+    trouble = (missing(everybody, place.world_size, os.environ, timeout), 1)
+    if not trouble[0]:
+        trouble = contradiction(everybody) or ("", 0)
+    if not trouble[0]:
+        return everybody
+    until = time.monotonic() + _HEAR_SECONDS
+    while place.rank == 0 and heard < len(everybody) and time.monotonic() < until:  # the store ends with this process
+        time.sleep(_CHECK_SECONDS)
+        heard = store.add("roll_call/heard", 0)
+    raise AgreedError(*trouble)
 
 
 def _collect(store: "Store", world_size: int, timeout: float) -> list[dict[str, object]]:
@@ -157,10 +171,13 @@ def _gpu_trouble(ranks: Sequence[Presence]) -> str:
             f"{len(used)} GPU{'s' * (len(used) > 1)}: start one rank a GPU, each of which sees its own or all"
         )
     granted = max(one.granted_gpus or 0 for one in ranks)
-    if granted > len(used):
+    visible = max(one.visible_gpus for one in ranks)
+    gpus = visible if any(one.granted_gpus == 0 for one in ranks) else granted
+    if gpus > len(used):
+        what = f"Slurm gave this job {gpus} GPUs" if granted else f"there are {gpus} GPUs, which Slurm does not manage"
         return (
-            f"{host}: Slurm gave this job {granted} GPUs, but {len(used)} rank{'s' * (len(used) > 1)} would use only "
-            f"{len(used)}: start one task a GPU (srun --ntasks-per-node={granted}) or ask for fewer GPUs"
+            f"{host}: {what}, but {len(used)} rank{'s' * (len(used) > 1)} would use only {len(used)}: start one task a "
+            f"GPU (srun --ntasks-per-node={gpus}), ask for fewer, or set CUDA_VISIBLE_DEVICES"
         )
     return ""
 

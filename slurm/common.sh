@@ -15,59 +15,80 @@ fail() {  # one line, what and where and what to do; exit code 2: the user's to 
 RUN=() SRUN_OPTIONS=()
 source slurm/site.sh
 
-nodes=$SLURM_JOB_NUM_NODES gpus=${SLURM_GPUS_ON_NODE:-0}
-case ${CUDA_VISIBLE_DEVICES:-NoDevFiles} in  # with --exclusive the former counts those that were not asked for, too
-    NoDevFiles) ;;
-    *) gpus=$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | wc -l) ;;
-esac
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+nodes=$SLURM_JOB_NUM_NODES
+gpus=${SLURM_GPUS_PER_NODE##*:} visible=${CUDA_VISIBLE_DEVICES:-${ROCR_VISIBLE_DEVICES:-}}
+if [ "${gpus:-0}" = 0 ]; then  # not asked for by this option: as many as there are
+    IFS=, read -ra visible <<< "${visible#NoDevFiles}"
+    gpus=${#visible[@]}
+fi
 tasks=${SLURM_NTASKS_PER_NODE:-1}
 if [ "$gpus" -gt 0 ] && [ "$tasks" = 1 ]; then tasks=$gpus; fi
-cpus=$((SLURM_CPUS_ON_NODE / tasks)) sharing=()
-if [ "$cpus" = 0 ]; then cpus=1 sharing=(--overcommit); fi  # fewer CPUs than processes: slow, but not refused
+cpus=$((SLURM_CPUS_ON_NODE / tasks)) step=()
+if [ "$cpus" = 0 ]; then cpus=1 step+=(--overcommit); fi  # fewer CPUs than processes: slow, but not refused
+# What sbatch was told of GPUs, srun would take for an order for each step, zeros and types included: ours is plain.
+if [ -z "${SLURM_GPUS_PER_TASK:-}${SLURM_TRES_PER_TASK:-}" ] && [ "$gpus" -gt 0 ]; then step+=(--gres="gpu:$gpus"); fi
+unset SLURM_GPUS_PER_NODE SLURM_GPUS SLURM_CPUS_PER_GPU
 
 export PYTHONUNBUFFERED=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus}
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 # Caches of compilers go to the node's own disk: HOME may be slow, full, or not there at all.
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/triton-$(id -un)}
 export XDG_CACHE_HOME=${XDG_CACHE_HOME:-${TMPDIR:-/tmp}/cache-$(id -un)}
-# What sbatch was told of GPUs and CPUs holds for the job; srun takes it for an order for each step, and refuses zeros.
-if [ "$gpus" = 0 ]; then unset SLURM_GPUS_PER_NODE SLURM_GPUS SLURM_CPUS_PER_GPU SLURM_GPUS_PER_TASK; fi
 
 on_all() {
     # Not --kill-on-bad-exit: its signals would hide the exit code of the rank that knows why the run ended.
-    srun --wait=60 --nodes="$nodes" --ntasks=$((nodes * tasks)) --ntasks-per-node="$tasks" \
-        --cpus-per-task="$cpus" "${sharing[@]}" "${SRUN_OPTIONS[@]}" "${RUN[@]}" "$@"
+    srun --wait=180 --nodes="$nodes" --ntasks=$((nodes * tasks)) --ntasks-per-node="$tasks" --cpus-per-task="$cpus" \
+        "${step[@]}" "${SRUN_OPTIONS[@]}" "${RUN[@]}" "$@"
 }
 
 on_one() {
-    srun --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" "${SRUN_OPTIONS[@]}" "${RUN[@]}" "$@"
+    srun --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_ON_NODE" \
+        "${step[@]}" "${SRUN_OPTIONS[@]}" "${RUN[@]}" "$@"
 }
 
 train() {
-    local logs code=0
-    logs=$(on_one python -m launch.job begin "$@") || { code=$?; [ $code != 87 ] || hold "its log"; exit $code; }
-    ln -sfn "$(job_field StdOut)" "$logs/slurm.out"
-    echo "job $SLURM_JOB_ID: $nodes x $tasks ranks on $SLURM_JOB_NODELIST; logs in $logs"
+    local answer logs output code=0
+    answer=$(on_one python -m launch.job begin --tasks "$tasks" "$@") || code=$?
+    case $code in
+        0) logs=${answer% *} nodes=${answer##* } ;;
+        87) hold "its log"; exit $code ;;
+        138 | 143) requeue requeue; exit $code ;;  # asked to stop (USR1, TERM) before it has begun
+        *) exit $code ;;
+    esac
+    output=$(job_field StdOut)
+    if [ -e "$output" ]; then ln -sfn "$output" "$logs/slurm.out"; fi
+    echo "job $job: $nodes x $tasks ranks on $SLURM_JOB_NODELIST; logs in $logs"
     on_all python -m launch.preflight "$@" --output "$logs/preflight.json" && on_all python -m launch.train "$@" || code=$?
-    case $(on_one python -m launch.job end "$1" $code "${@:2}") in
-        requeue) requeue requeue ;;
+    answer=$(on_one python -m launch.job end "$1" $code "${@:2}")
+    case ${answer:-$code} in
+        requeue | 84 | 85 | 138 | 143) requeue requeue ;;
         hold) hold "$logs" ;;
     esac
     exit $code
 }
 
 hold() {
-    scontrol update JobId="$SLURM_JOB_ID" Comment="held after 3 restarts without progress, see $1"
+    scontrol update JobId="$job" Comment="held after 3 restarts without progress, see $1"
     requeue requeuehold
 }
 
 requeue() {  # requeue or requeuehold; not if the job is being cancelled, which would bring it back to life
-    [ "$(job_field JobState)" = RUNNING ] || return
-    scontrol "$1" "$SLURM_JOB_ID" && sleep 60  # until Slurm ends this script
+    local state tries
+    for tries in 1 2 3 4 5 6 7 8 9 10; do  # the controller may be away for minutes
+        state=$(job_field JobState)
+        case ${state%% *} in
+            RUNNING) scontrol "$1" "$job" && sleep 60 ;;  # until Slurm ends this script
+            "") echo "no word of job $job from Slurm; asking again ($tries of 10)" >&2; sleep 20 ;;
+            *) break ;;
+        esac
+    done
+    echo "error: job $job was not requeued: Slurm says it is ${state:-unknown}" >&2
 }
 
 job_field() {
-    scontrol show job "$SLURM_JOB_ID" --oneliner | tr ' ' '\n' | sed -n "s/^$1=//p"
+    scontrol show job "$job" | sed -n "s/^ *$1=//p"
 }
 
 on_all_by_mpi() {  # as one rank a task of an MPI program
@@ -77,5 +98,5 @@ on_all_by_mpi() {  # as one rank a task of an MPI program
         export MPI4PY_MPIABI=${MPI4PY_MPIABI:-mpich} LD_LIBRARY_PATH=$prefix/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
     fi
     srun --mpi="$MPI" --kill-on-bad-exit=1 --nodes="$nodes" --ntasks=$((nodes * tasks)) --ntasks-per-node="$tasks" \
-        --cpus-per-task="$cpus" "${sharing[@]}" "${SRUN_OPTIONS[@]}" "${RUN[@]}" "$@"
+        --cpus-per-task="$cpus" "${step[@]}" "${SRUN_OPTIONS[@]}" "${RUN[@]}" "$@"
 }

@@ -9,7 +9,8 @@
 # export SBATCH_QOS=normal
 # export SBATCH_CONSTRAINT=a100
 
-# Sites without --gpus-per-node: submit with --gpus-per-node=0 --gres=gpu:8, or whatever they give GPUs by.
+# Sites without --gpus-per-node: submit with --gpus-per-node=0 --gres=gpu:8. Where Slurm does not manage GPUs:
+# --gpus-per-node=0 --ntasks-per-node=8.
 
 # Software: one of these. It must work on every node of a job; nothing here may need internet.
 if [ -e .venv/bin/activate ]; then  # what `make setup` makes, in the checkout, on a file system that all nodes share
@@ -20,7 +21,8 @@ fi
 # RUN=(apptainer exec --nv --bind "$PWD" /images/megagpt.sif)      # apptainer: put before every command
 # SRUN_OPTIONS=(--container-image=/images/megagpt.sqsh --container-mounts="$PWD:$PWD" --container-workdir="$PWD")  # pyxis
 
-# Where the checkout is, if jobs are submitted from elsewhere or run on nodes that see it under another path.
+# Where the checkout is, if you submit from elsewhere or if nodes see it under another path: like the account above, in
+# the shell from which you submit.
 # export MEGAGPT_ROOT=/shared/megagpt
 
 # Network. torch's own choice is mostly right; the pre-flight's table shows what it gives.

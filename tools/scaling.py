@@ -138,11 +138,8 @@ def _split(words: list[str]) -> tuple[list[str], list[str]]:
 
 def _environment() -> dict[str, str]:
     """Without the variables of a Slurm job that this process is part of, which its own jobs would take for theirs."""
-    return {
-        name: value
-        for name, value in os.environ.items()
-        if name == "SLURM_CONF" or not name.startswith(("SLURM_", "SBATCH_", "SRUN_"))
-    }
+    foreign = ("SLURM_", "SRUN_", "OMP_NUM_THREADS") if "SLURM_JOB_ID" in os.environ else ()
+    return {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or not name.startswith(foreign)}
 
 
 if __name__ == "__main__":

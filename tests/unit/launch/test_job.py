@@ -81,6 +81,7 @@ def job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
         result = CliRunner().invoke(app, [command, str(tmp_path / "config.yaml"), *map(str, arguments)])
         code = getattr(result.exception, "exit_code", result.exit_code)
+        call.stderr = result.stderr
         return code, result.stdout
 
     return call
@@ -89,7 +90,7 @@ def job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 def test_a_job_that_never_gets_anywhere_is_held_and_one_that_does_goes_on(job, tmp_path):
     logs = tmp_path / "run/logs/12"
     for restart in range(MAX_RESTARTS):
-        assert job("begin", restart=restart) == (0, f"{logs}\n")
+        assert job("begin", restart=restart) == (0, f"{logs} 1\n")
         assert job("end", 85, restart=restart)[1] == "requeue\n"
     assert job("begin", restart=3)[0] == 0
     assert job("end", 85, restart=3)[1].splitlines()[-1] == "hold"
@@ -108,6 +109,22 @@ def test_restarts_by_slurm_alone_are_counted_too(job):
     for restart in range(MAX_RESTARTS + 1):  # a node fails each time: the script comes to no end
         assert job("begin", restart=restart)[0] == 0
     assert job("begin", restart=MAX_RESTARTS + 1)[0] == HOLD
+
+
+@pytest.mark.parametrize(
+    ("batch", "nodes", "tasks", "used"), [(32, 4, 1, 4), (32, 3, 1, 2), (256, 5, 8, 4), (256, 7, 8, 4), (12, 3, 2, 3)]
+)
+def test_nodes_over_which_the_batch_cannot_be_cut_stay_idle(job, monkeypatch, batch, nodes, tasks, used):
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", str(nodes))
+    _, output = job("begin", "--tasks", tasks, f"train.global_batch_size={batch}")
+    assert output.splitlines()[-1].split()[-1] == str(used)
+    idle = f"{nodes - used} of {nodes} nodes stay idle: a batch of {batch} sequences"
+    assert (idle in job.stderr) == (used < nodes)
+
+
+def test_a_batch_that_no_number_of_nodes_can_cut_is_told_for_all_of_them(job, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    assert job("begin", "--tasks", 3, "train.global_batch_size=32")[0] == 2
 
 
 def test_a_typo_ends_the_job_before_anything_is_noted(job, tmp_path):

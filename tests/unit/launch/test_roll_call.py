@@ -57,6 +57,15 @@ def test_gpus_that_nobody_would_use_are_refused_with_what_to_do():
     assert code == 2
 
 
+def test_gpus_that_slurm_does_not_manage_and_nobody_would_use_are_refused_too():
+    everybody = [replace(one, visible_gpus=8) for one in on_gpus([["a"], ["b"]], granted=0)]
+    message, code = contradiction(everybody) or ("", 0)
+    assert message.startswith("node0: there are 8 GPUs, which Slurm does not manage, but 1 rank would use only 1")
+    assert code == 2
+    assert contradiction([replace(one, granted_gpus=None) for one in everybody]) is None  # a workstation
+    assert contradiction([replace(one, visible_gpus=1) for one in everybody]) is None
+
+
 def test_a_node_without_gpus_among_nodes_with_them_is_named():
     message, _ = contradiction(on_gpus([["a"], ["b"], ["cpu"]])) or ("", 0)
     assert message == "2 ranks have a GPU and 1 have none; look at node2"
@@ -119,7 +128,7 @@ def test_all_ranks_hear_the_same():
 
 def test_all_ranks_raise_what_one_of_them_cannot_do():
     place = ProcessEnvironment("Slurm", 1, 1, 2, 2, ("127.0.0.1",), (1,), "j")
-    bad = here(place, "cpu", UsageError("it has no GPU"), {"SLURMD_NODENAME": "node7"})
+    bad = here(place, "cpu", 0, UsageError("it has no GPU"), {"SLURMD_NODENAME": "node7"})
     outcomes = together([replace(bad, rank=0, problem="", exit_code=0), bad], 2)
     assert [str(error) for error in outcomes] == ["[rank 1 on node7] it has no GPU"] * 2
     assert {error.exit_code for error in outcomes} == {2}
