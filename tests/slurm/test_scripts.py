@@ -95,3 +95,31 @@ def test_a_scaling_study_runs_a_job_for_each_size_and_reports_after_all(
     results = json.loads((output / "report/results.json").read_text())
     assert results
     assert (output / "report/study.html").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("options", "tasks", "gpus"),
+    [
+        ([], 1, ["0"]),
+        (["--gpus-per-node=2"], 2, ["0,1", "0,1"]),
+        (["--gpus-per-node=1", "--exclusive"], 1, ["0"]),  # the job has both, and uses what it asked for
+        (["--gpus-per-node=0", "--gres=gpu:2"], 2, ["0,1", "0,1"]),
+        (["--gpus-per-node=2", "--ntasks-per-node=2", "--gpus-per-task=1"], 2, ["0", "1"]),
+        (["--gpus-per-node=0", "--ntasks-per-node=2"], 2, ["none", "none"]),
+    ],
+)
+def test_there_is_a_process_a_gpu_and_each_sees_those_that_were_asked_for(
+    cluster: Cluster, tmp_path: Path, options: list[str], tasks: int, gpus: list[str]
+):
+    script = tmp_path / "job.sh"
+    header = "#!/bin/bash\n#SBATCH --nodes=2 --gpus-per-node=1 --cpus-per-task=1\n"
+    show = """on_all bash -c 'echo seen $SLURM_PROCID $SLURM_NODEID ${CUDA_VISIBLE_DEVICES:-none}'\n"""
+    script.write_text(
+        f"{header}source slurm/common.sh\n{show}on_one bash -c 'echo one ${{CUDA_VISIBLE_DEVICES:-none}}'"
+    )
+    job = cluster.sbatch(script, options=[*options, f"--output={tmp_path}/job.out"], cwd=ROOT)
+    cluster.wait(job, "COMPLETED", timeout=60)
+    seen = sorted(line.split()[1:] for line in cluster.output(job).splitlines() if line.startswith("seen"))
+    assert [device for _, _, device in seen] == gpus * 2
+    assert [node for _, node, _ in seen] == ["0"] * tasks + ["1"] * tasks
+    assert cluster.output(job).count("\none ") == 1
