@@ -44,15 +44,22 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_any_number_of_ranks_makes_the_bytes_of_local_processes(corpus: Path, tmp_path: Path, ranks: int) -> None:
+@pytest.fixture(scope="module")
+def local(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What two processes of one machine make of it."""
+    folder = tmp_path_factory.mktemp("local") / "out"
+    done = run(*preprocess("--input", corpus, "--output", folder, "--workers", 2))
+    assert (done.returncode, done.stderr) == (0, "")
+    return contents(folder)
+
+
+def test_ranks_make_the_bytes_of_local_processes(corpus: Path, local: dict[str, bytes], tmp_path: Path) -> None:
+    """Other numbers of ranks: test_preprocess_bytes.py."""
     (tmp_path / "config.yaml").write_text("execution: {chunk_mb: 0.05}\n")
-    common = ("--config", tmp_path / "config.yaml", "--input", corpus, "--output")
-    local = run(*preprocess(*common, tmp_path / "local", "--workers", 2))
-    assert (local.returncode, local.stderr) == (0, "")
-    mpi = run(MPIEXEC, "-n", ranks, *preprocess(*common, tmp_path / "mpi", "--executor", "mpi"))
+    arguments = ("--config", tmp_path / "config.yaml", "--input", corpus, "--output", tmp_path / "mpi")
+    mpi = run(MPIEXEC, "-n", 3, *preprocess(*arguments, "--executor", "mpi"))
     assert mpi.returncode == 0, mpi.stderr
-    assert contents(tmp_path / "mpi") == contents(tmp_path / "local")
+    assert contents(tmp_path / "mpi") == local
     assert mpi.stdout.count("documents in") == 1
 
 
@@ -68,7 +75,9 @@ def test_an_error_is_told_once_and_first_and_ends_all_ranks(corpus: Path, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_a_killed_rank_ends_the_run_within_seconds_and_the_same_command_goes_on(corpus: Path, tmp_path: Path) -> None:
+def test_a_killed_rank_ends_the_run_within_seconds_and_the_same_command_goes_on(
+    corpus: Path, local: dict[str, bytes], tmp_path: Path
+) -> None:
     (tmp_path / "config.yaml").write_text("execution: {chunk_mb: 0.02}\n")
     common = (
         "--config",
@@ -90,9 +99,7 @@ def test_a_killed_rank_ends_the_run_within_seconds_and_the_same_command_goes_on(
     assert not (tmp_path / "out").exists()
     result = run(*command)
     assert result.returncode == 0, result.stderr
-    local = run(*preprocess("--input", corpus, "--output", tmp_path / "local", "--workers", 2))
-    assert local.returncode == 0
-    assert contents(tmp_path / "out") == contents(tmp_path / "local")
+    assert contents(tmp_path / "out") == local
 
 
 def test_ranks_that_do_not_see_each_other_are_an_error_that_says_how_to_start(corpus: Path, tmp_path: Path) -> None:
