@@ -15,6 +15,13 @@ fail() {  # one line, what and where and what to do; exit code 2: the user's to 
 RUN=() SRUN_OPTIONS=()
 source slurm/site.sh
 
+absent='import sys; from importlib.util import find_spec
+sys.exit(", ".join("no " + name for name in ("torch", "deepspeed", "typer") if not find_spec(name)) or None)'
+if [ ${#SRUN_OPTIONS[@]} = 0 ]; then  # else the software may be where only srun leads, in a container of pyxis
+    trouble=$("${RUN[@]}" python -c "$absent" 2>&1) || fail "${SLURMD_NODENAME:-$HOSTNAME}: no Python with MegaGPT's \
+packages (${trouble##*$'\n'}); mend slurm/site.sh or run make setup"
+fi
+
 nodes=$SLURM_JOB_NUM_NODES gpus=${SLURM_GPUS_ON_NODE:-0}
 case ${CUDA_VISIBLE_DEVICES:-NoDevFiles} in  # with --exclusive the former counts those that were not asked for, too
     NoDevFiles) ;;
@@ -61,12 +68,12 @@ hold() {
 }
 
 requeue() {  # requeue or requeuehold; not if the job is being cancelled, which would bring it back to life
-    [ "$(job_field JobState)" = RUNNING ] || return
+    [[ $(job_field JobState) = RUNNING* ]] || return
     scontrol "$1" "$SLURM_JOB_ID" && sleep 60  # until Slurm ends this script
 }
 
-job_field() {
-    scontrol show job "$SLURM_JOB_ID" --oneliner | tr ' ' '\n' | sed -n "s/^$1=//p"
+job_field() {  # what follows it on its line
+    scontrol show job "$SLURM_JOB_ID" | sed -n "s/^ *$1=//p"
 }
 
 on_all_by_mpi() {  # as one rank a task of an MPI program
