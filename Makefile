@@ -5,10 +5,20 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+EXTRAS := dev,mpi,export,web,fast
 JOBS   ?= 2
 
+# A virtual environment of $(PYTHON) in folder $(1). Without internet: PIP_NO_INDEX=1 PIP_FIND_LINKS=wheels make setup
+define create_environment
+@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
+  { echo "error: $(PYTHON) is not Python 3.10-3.13; run make PYTHON=python3.12, say" >&2; exit 2; }
+@test -x $(1)/bin/python || $(PYTHON) -m venv $(1) || \
+  { echo "error: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu install python3-venv" >&2; \
+    rm -rf $(1); exit 1; }
+endef
+
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test slurm lint benchmark soak format clean
+.PHONY: help setup wheels quickstart test slurm lint benchmark soak format clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -17,14 +27,18 @@ help: ## this list
 setup: $(STAMP) ## create .venv with the pinned dependencies
 
 $(STAMP): setup.py constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
-	  { echo "error: $(PYTHON) is not Python 3.10-3.13; run make PYTHON=python3.12, say" >&2; exit 2; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
-	  { echo "error: $(PYTHON) cannot make a virtual environment; on Debian and Ubuntu install python3-venv" >&2; \
-	    rm -rf $(VENV); exit 1; }
+	$(call create_environment,$(VENV))
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check \
-	  --constraint constraints.txt --editable '.[dev,mpi,export,web,fast]'
+	  --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $(STAMP)
+
+# pip wheel, not pip download: what has no wheel on PyPI is built here, and the cluster builds nothing.
+wheels: ## all that setup installs, as files in wheels/, for machines without internet (docs/clusters.md)
+	@rm -rf wheels/.venv
+	$(call create_environment,wheels/.venv)
+	DS_BUILD_OPS=0 wheels/.venv/bin/python -m pip wheel --disable-pip-version-check --wheel-dir wheels \
+	  --constraint constraints.txt '.[$(EXTRAS)]' setuptools
+	@rm -rf wheels/.venv wheels/megagpt-*.whl build
 
 quickstart: setup ## from Python's own text to samples of a small GPT, in a few minutes
 	@$(BIN)/python -m tools.quickstart
@@ -57,5 +71,5 @@ format: setup ## let ruff rewrite the files
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## remove .venv and caches; data/ and runs/ stay
+clean: ## remove .venv and caches; data/, runs/ and wheels/ stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -15,6 +15,13 @@ fail() {  # one line, what and where and what to do; exit code 2: the user's to 
 RUN=() SRUN_OPTIONS=()
 source slurm/site.sh
 
+absent='import sys; from importlib.util import find_spec
+sys.exit(", ".join("no " + name for name in ("torch", "deepspeed", "typer") if not find_spec(name)) or None)'
+if [ ${#SRUN_OPTIONS[@]} = 0 ]; then  # else the software may be where only srun leads, in a container of pyxis
+    trouble=$("${RUN[@]}" python -c "$absent" 2>&1) || fail "${SLURMD_NODENAME:-$HOSTNAME}: no Python with MegaGPT's \
+packages (${trouble##*$'\n'}); mend slurm/site.sh or run make setup"
+fi
+
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 nodes=$SLURM_JOB_NUM_NODES

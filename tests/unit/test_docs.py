@@ -48,7 +48,7 @@ def test_every_documented_command_line_is_accepted(module, words):
 def test_every_link_and_path_leads_somewhere(page):
     text = page.read_text(encoding="utf-8")
     links = re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
-    paths = re.findall(r"\b((?:configs|docs|tests)/[\w./]+\w)", text)
+    paths = re.findall(r"\b((?:configs|docs|slurm|tests)/[\w./]+\w)", text)
     missing = [link for link in links if not (page.parent / link).exists()]
     missing += [path for path in paths if not (ROOT / path).exists()]
     assert missing == []
