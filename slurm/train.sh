@@ -1,11 +1,12 @@
 #!/bin/bash
 # Trains any configuration, through pre-emptions, time limits and failing nodes, until train.steps are done.
 #
-#   sbatch --nodes=2 --gpus-per-node=8 slurm/train.sh configs/llama_1b.yaml optimizer.lr=2e-4
+#   sbatch --nodes=2 --gpus-per-node=8 --cpus-per-task=64 slurm/train.sh configs/llama_1b.yaml optimizer.lr=2e-4
 #   sbatch --nodes=4 --gpus-per-node=0 --ntasks-per-node=2 slurm/train.sh configs/small.yaml train.device=cpu
 #
-# What your site needs (account, partition, modules, containers, network) goes into slurm/site.sh. There is one process
-# a GPU. Watch it: python -m launch.status RUN
+# Paths are relative to the checkout; --cpus-per-task are those of a node, for all its processes, one a GPU.
+# What your site needs (account, partition, modules, containers, network) goes into slurm/site.sh.
+# Watch it: python -m launch.status RUN
 #SBATCH --job-name=train
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=1

@@ -2,7 +2,7 @@
 # Trains the small model, through pre-emptions, time limits and failing nodes, until train.steps are done.
 #
 #   sbatch slurm/train_small.sh                                     2 nodes, 1 GPU each
-#   sbatch --nodes=4 --gpus-per-node=8 slurm/train_small.sh optimizer.lr=6e-4
+#   sbatch --nodes=4 --gpus-per-node=8 --cpus-per-task=64 slurm/train_small.sh optimizer.lr=6e-4     64 CPUs a node
 #   sbatch --nodes=1-4 slurm/train_small.sh                         as many nodes as there are, at every restart
 #   sbatch --gpus-per-node=0 slurm/train_small.sh train.device=cpu  on CPUs, --ntasks-per-node processes a node
 #
