@@ -296,7 +296,7 @@ def _lead(
     show(reports, hosts, findings, took)
     sys.stdout.flush()
     if errors:
-        fail(in_one_line(errors), code)
+        fail(in_one_line(errors, hosts), code)
     if output:
         try:
             write_json(output, reports, hosts, findings, code, took)

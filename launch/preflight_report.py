@@ -14,8 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.preflight_facts import Report
-from launch.preflight_verdict import Finding, blamed, pair_latencies, pair_rates
-from launch.roll_call import exclusion
+from launch.preflight_verdict import Finding, advice, blamed, pair_latencies, pair_rates
 from megagpt.data.atomic import replace_file
 
 _MOST_ROWS = 16
@@ -97,8 +96,8 @@ def show(reports: Sequence[Report], hosts: Sequence[str], findings: Sequence[Fin
     for finding in findings:
         if finding.level == "error" and errors == 1:
             continue  # the error line tells it
-        advice = f" ({exclusion(finding.nodes)})" if finding.nodes else ""
-        console.print(f"{'warning' if finding.level == 'warning' else 'broken'}: {finding}{advice}")
+        level = "warning" if finding.level == "warning" else "broken"
+        console.print(f"{level}: {finding}{advice(finding.nodes, hosts)}")
 
 
 def headline(reports: Sequence[Report], hosts: Sequence[str]) -> str:

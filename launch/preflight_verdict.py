@@ -56,12 +56,16 @@ def blamed(findings: Iterable[Finding]) -> list[str]:
     return list(dict.fromkeys(node for finding in findings for node in finding.nodes))
 
 
-def in_one_line(findings: Sequence[Finding]) -> str:
-    """What was found, with what to exclude."""
+def advice(nodes: Sequence[str], hosts: Sequence[str]) -> str:
+    """What to exclude, in brackets; empty if it is no node in particular, or all `hosts` of the job."""
+    return f" ({exclusion(nodes)})" if nodes and set(nodes) < set(hosts) else ""
+
+
+def in_one_line(findings: Sequence[Finding], hosts: Sequence[str]) -> str:
+    """What was found, with what to exclude of the job's hosts."""
     shown = "; ".join(map(str, findings[:_SHOWN]))
     more = f"; and {len(findings) - _SHOWN} more" if len(findings) > _SHOWN else ""
-    nodes = blamed(findings)
-    return shown + more + (f" ({exclusion(nodes)})" if nodes else "")
+    return shown + more + advice(blamed(findings), hosts)
 
 
 def judge(reports: Sequence[Report], hosts: Sequence[str], threshold: float) -> list[Finding]:

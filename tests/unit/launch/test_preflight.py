@@ -351,7 +351,7 @@ def test_the_error_line_excludes_all_blamed_nodes_once():
     for rank in (1, 4):
         reports[rank].software["torch"] = "2.9.0"
     reports[4].software["Python"] = "3.10.0"
-    line = in_one_line(judge(reports, cluster.hosts, THRESHOLD))
+    line = in_one_line(judge(reports, cluster.hosts, THRESHOLD), cluster.hosts)
     assert "\n" not in line
     assert line.endswith("(--exclude=node1,node4 leaves them out)")
 
@@ -363,7 +363,8 @@ def test_the_same_trouble_of_many_nodes_is_told_once():
         report.machine.disk.error = "Permission denied"
     (finding,) = judge(reports, cluster.hosts, THRESHOLD)
     text = "node2, node3, node4, node5 and 2 more: cannot write train.run_dir in /scratch/run: Permission denied"
-    assert in_one_line([finding]) == f"{text} (--exclude=node[2-7] leaves them out)"
+    assert in_one_line([finding], cluster.hosts) == f"{text} (--exclude=node[2-7] leaves them out)"
+    assert in_one_line([finding], finding.nodes) == text  # of all nodes none can be left out
 
 
 def test_a_table_of_many_nodes_shows_the_conspicuous_ones_and_the_range(capsys, tmp_path):
