@@ -5,6 +5,7 @@ import signal
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 # A shell starts background jobs with SIGINT ignored, nohup programs with SIGHUP, and programs inherit that: the
 # commands under test must not.
@@ -13,6 +14,10 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Tensors here are small, and several tests run side by side. Before anything imports torch; commands inherit it.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# On a busy machine any example may take long: what has to be fast says so in a test of its own.
+settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tests")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -64,6 +64,16 @@ def test_every_launcher_trains_the_same_run(launcher, config_file, tmp_path, one
 
 
 @pytest.mark.slow
+def test_a_run_that_compiles_nothing_imports_no_compiler_and_looks_for_none(config_file, tmp_path):
+    command = [sys.executable, "-X", "importtime", "-m", "launch.train"]
+    done = run(command, config_file, f"train.run_dir={tmp_path / 'run'}", "train.steps=5")
+    assert done.returncode == 0, done.stderr
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert {"torch", "deepspeed.runtime.engine"} <= imported
+    assert not imported & {"torch._inductor.compile_fx", "deepspeed.ops.op_builder.all_ops"}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [

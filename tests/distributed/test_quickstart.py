@@ -21,7 +21,7 @@ def quickstart(folder: Path) -> subprocess.CompletedProcess[str]:
         "--run-dir",
         str(folder / "run"),
     ]
-    return subprocess.run([*command, "--steps", "100"], capture_output=True, text=True, timeout=400, check=False)
+    return subprocess.run([*command, "--steps", "60"], capture_output=True, text=True, timeout=400, check=False)
 
 
 @pytest.mark.slow
@@ -38,10 +38,10 @@ def test_quickstart_beats_a_unigram_model_and_does_nothing_twice(tmp_path):
     with Image.open(tmp_path / "run/loss.png") as picture:
         assert picture.width > 500
 
-    checkpoint = tmp_path / "run/checkpoints/step_00000100/manifest.json"
+    checkpoint = tmp_path / "run/checkpoints/step_00000060/manifest.json"
     written = checkpoint.stat().st_mtime_ns
     again = quickstart(tmp_path)
     assert again.returncode == 0, again.stderr
-    assert "all 100 steps are done" in again.stdout
+    assert "all 60 steps are done" in again.stdout
     assert checkpoint.stat().st_mtime_ns == written
     assert (tmp_path / "data/tokens/report.html").exists()

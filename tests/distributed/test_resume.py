@@ -26,6 +26,7 @@ from tests.distributed.jobs import (
     train_in_fp16,
     write_dataset,
 )
+from tests.distributed.launched import start
 
 
 def kill_tree(process: subprocess.Popen[str]) -> None:
@@ -58,9 +59,8 @@ def test_killed_run_resumes_bit_identical_to_an_uninterrupted_one(corpus, tmp_pa
         evaluation={"every": 50, "batches": 2},
     )
     save_config(config, tmp_path / "config.yaml")
-    whole = torchrun(tmp_path / "config.yaml")
-    output, _ = whole.communicate(timeout=120)
-    assert whole.returncode == 0, output
+    whole = start(tmp_path / "config.yaml", tmp_path / "whole")
+    assert whole.wait() == [0, 0], whole.output()
 
     killed_dir = tmp_path / "killed"
     killed = torchrun(tmp_path / "config.yaml", f"train.run_dir={killed_dir}")
@@ -73,10 +73,9 @@ def test_killed_run_resumes_bit_identical_to_an_uninterrupted_one(corpus, tmp_pa
     step = int(checkpoint.name.removeprefix("step_"))
     assert 0 < step < 150
 
-    resumed = torchrun(tmp_path / "config.yaml", f"train.run_dir={killed_dir}")
-    output, _ = resumed.communicate(timeout=120)
-    assert resumed.returncode == 0, output
-    assert f"continues from {checkpoint.name}" in output
+    resumed = start(tmp_path / "config.yaml", killed_dir)
+    assert resumed.wait() == [0, 0], resumed.output()
+    assert f"continues from {checkpoint.name}" in resumed.output()
     assert exact_numbers(killed_dir, after=step) == exact_numbers(tmp_path / "whole", after=step)
     assert [number[0] for number in exact_numbers(killed_dir)] == list(range(1, 151))  # no step twice, none missing
 

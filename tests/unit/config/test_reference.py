@@ -23,7 +23,7 @@ def test_the_committed_pages_are_what_the_schemas_give(name):
     assert (ROOT / "docs" / name).read_text(encoding="utf-8") == pages()[name], "run python -m tools.config_docs"
 
 
-@pytest.mark.parametrize(("name", "schema"), zip(NAMES, (RunConfig, CorpusConfig, StudyConfig), strict=True))
+@pytest.mark.parametrize(("name", "schema"), list(zip(NAMES, (RunConfig, CorpusConfig, StudyConfig), strict=True)))
 def test_every_key_has_a_row_and_a_meaning(name, schema):
     rows = [line for line in pages()[name].splitlines() if line.startswith("| `")]
     for key, _ in all_keys(schema):

@@ -201,8 +201,9 @@ def test_a_file_that_may_not_be_read_is_an_error_that_names_it(tmp_path: Path) -
 def test_a_file_that_another_user_may_not_read_is_an_error_that_names_it(tmp_path: Path) -> None:
     (tmp_path / "secret.txt").write_text("x")
     (tmp_path / "secret.txt").chmod(0)
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.stat().st_mode & 0o005 != 0o005:
+            folder.chmod(0o755)
     child = os.fork()
     if child == 0:
         try:

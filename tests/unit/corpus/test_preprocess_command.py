@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests.forked import run_module
 from tests.unit.corpus.test_pipeline import contents
 from tests.unit.corpus.texts import document, edited, write_jsonl
 
@@ -213,7 +214,8 @@ def test_each_mistake_has_one_line_and_its_exit_code(
     }
     if "IN/0.txt" in arguments:
         arguments = ["--input", str(corpus / "*.jsonl"), *arguments[2:]]
-    result = run("--tokenizer", "bytes", *(names.get(argument, argument) for argument in arguments))
+    arguments = ["--tokenizer", "bytes", *(str(names.get(argument, argument)) for argument in arguments)]
+    result = run_module("tools.preprocess", *arguments)
     assert result.returncode == code
     assert message.replace("OUT/", f"{tmp_path}/out/") in result.stderr
     assert result.stderr.startswith("error: ")
@@ -242,6 +244,6 @@ def test_inputs_as_a_shell_expands_them_are_all_read(corpus: Path, expected: dic
 
 
 def test_help_has_an_example() -> None:
-    result = run("--help")
+    result = run_module("tools.preprocess", "--help")
     assert result.returncode == 0
     assert "Example: python -m tools.preprocess --input" in result.stdout
