@@ -18,7 +18,7 @@ from megagpt.config import save_config
 from megagpt.scaling import fabric
 from megagpt.scaling.fabric import Fabric
 from tests.distributed.jobs import tiny_config
-from tests.distributed.launched import _CONTEXT
+from tests.forked import ForkedProcess
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -110,7 +110,7 @@ def preflight(folder: Path, *arguments: object, trouble: str = "") -> tuple[list
     port = free_port()
     words = [*map(str, arguments), "train.device=cpu", "--output", f"{folder}/out.json", "--seconds", "6"]
     outputs = [folder / f"out_{rank}" for rank in range(4)]
-    ranks = [_CONTEXT.Process(target=_rank, args=(rank, port, words, outputs[rank], trouble)) for rank in range(4)]
+    ranks = [ForkedProcess(target=_rank, args=(rank, port, words, outputs[rank], trouble)) for rank in range(4)]
     for process in ranks:
         process.start()
     try:

@@ -159,7 +159,7 @@ def test_a_rule_between_valid_sections_is_checked_while_other_sections_have_erro
         ),
         (["optimizer.lr=.inf"], "optimizer.lr: expected a number above 0, but it is .inf"),
         (["deepspeed=3"], "deepspeed: expected a mapping of JSON values, but it is 3"),
-        (["model=3"], "model: expected a section with vocab_size, num_layers"),
+        (["model=3"], "model: expected a section with vocab_size, vocab_multiple_of, num_layers"),
         (["evaluation.metrics=[a]"], "evaluation.metrics: unknown key; evaluation has every, batches"),
         (
             ["train.every=1"],
