@@ -10,7 +10,8 @@ import torch
 import typer
 
 from megagpt.errors import UsageError, UserError
-from megagpt.inference.generate import encode_prompt, generate_text, tokens_left
+from megagpt.inference.batch import longest
+from megagpt.inference.generate import encode_prompt, generate_text
 from megagpt.inference.loading import load_model
 from megagpt.inference.sampling import Sampling
 from tools.command import run_command, single_command
@@ -55,6 +56,21 @@ def generate_command(
     top_p: Annotated[
         float | None, typer.Option(help="Choose among the likeliest tokens of joint probability p.")
     ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Choose among tokens at least this times as probable as the likeliest.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: tokens of prompt and continuation become less likely.")
+    ] = 1.0,
+    frequency_penalty: Annotated[
+        float, typer.Option(help="Taken off a token's logit for each time that it was drawn.")
+    ] = 0.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text, too; may be given more than once.")
+    ] = None,
+    slide: Annotated[
+        bool, typer.Option("--slide", help="Go on beyond the context, seeing its last tokens (rope, sinusoidal).")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Sample i depends on the seed and i only.")] = 0,
     checkpoint: Annotated[int | None, typer.Option(min=0, help="Step of the checkpoint. [default: newest]")] = None,
     device: Annotated[Device, typer.Option(help="auto: cuda if there is a GPU.")] = Device.auto,
@@ -68,7 +84,7 @@ def generate_command(
 
     Example: python -m tools.generate runs/small --prompt "Once upon a time" --samples 3 --temperature 0.8 --top-p 0.95
     """
-    sampling = Sampling(temperature, top_k, top_p)
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, frequency_penalty)
     text = _read_prompt(prompt, prompt_file)
     model, found_tokenizer, _ = load_model(
         run,
@@ -78,11 +94,19 @@ def generate_command(
         tokenizer=tokenizer,
         vocab_dir=vocab_dir,
     )
-    left = tokens_left(model.config, len(encode_prompt(found_tokenizer, text)))
+    left = longest(model.config, len(encode_prompt(found_tokenizer, text)), max_tokens, slide)
     if left < max_tokens:
         print(f"note: the model's context ends after {left} new tokens", file=sys.stderr)
     pieces = generate_text(
-        model, found_tokenizer, text, sampling, num_samples=samples, max_new_tokens=max_tokens, seed=seed
+        model,
+        found_tokenizer,
+        text,
+        sampling,
+        num_samples=samples,
+        max_new_tokens=max_tokens,
+        seed=seed,
+        stop=stop or (),
+        slide=slide,
     )
     _print_samples(text, pieces, samples)
 
