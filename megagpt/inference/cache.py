@@ -2,7 +2,8 @@
 
 Memory is taken once: per layer two tensors (batch, kv_heads, max_len, head_dim), in which every row has its own
 length. Grouped-query models keep their few key-value heads only. Position p of a row lies in column p modulo max_len:
-a row that goes on beyond max_len writes over its oldest position and sees the last max_len ones.
+a row that goes on beyond max_len writes over its oldest position and sees the last max_len ones. Keys and values
+take the cache's dtype, which under autocast may be another.
 """
 
 from typing import NamedTuple
@@ -26,8 +27,8 @@ class _Decoding(NamedTuple):
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Put (batch, kv_heads, seq, head_dim) in its columns; return views of the first `limit` columns."""
-        self.keys[self.rows, :, self.columns] = keys.transpose(1, 2)
-        self.values[self.rows, :, self.columns] = values.transpose(1, 2)
+        self.keys[self.rows, :, self.columns] = keys.transpose(1, 2).to(self.keys.dtype)
+        self.values[self.rows, :, self.columns] = values.transpose(1, 2).to(self.values.dtype)
         return self.keys[:, :, : self.limit], self.values[:, :, : self.limit]
 
 
@@ -43,8 +44,8 @@ class _Prefilling(NamedTuple):
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Copy (prompts, kv_heads, seq, head_dim) into the rows; return it."""
-        self.keys[self.rows, :, : keys.shape[2]] = keys[self.prompts]
-        self.values[self.rows, :, : keys.shape[2]] = values[self.prompts]
+        self.keys[self.rows, :, : keys.shape[2]] = keys[self.prompts].to(self.keys.dtype)
+        self.values[self.rows, :, : keys.shape[2]] = values[self.prompts].to(self.values.dtype)
         return keys, values
 
 

@@ -4,6 +4,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from scipy.stats import chisquare
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from megagpt.config import ModelConfig
@@ -71,6 +72,34 @@ def test_a_sample_is_the_same_whatever_it_runs_beside(family, sampling):
     for _ in run(Batch(model, sampling, 4, 40), iter(reverse)):
         pass
     assert [sample.tokens for sample in reversed(reverse)] == expected
+
+
+def test_what_is_drawn_has_the_distribution_that_the_model_and_the_filters_give():
+    """4,000 first and second tokens of one prompt, against probabilities of full passes, filtered by hand."""
+    model = build(FAMILIES["llama"].model_copy(update={"vocab_size": 7}))
+    samples = [Sample([1, 2, 3], sample_key(0, index), 2) for index in range(4000)]
+    for _ in run(Batch(model, Sampling(1.5, top_k=5), 500, 8), iter(samples)):
+        pass
+    firsts = [sample.tokens[0] for sample in samples]
+    most = max(set(firsts), key=firsts.count)
+    seconds = [sample.tokens[1] for sample in samples if sample.tokens[0] == most]
+    for prompt, found in (([1, 2, 3], firsts), ([1, 2, 3, most], seconds)):
+        with torch.no_grad():
+            weights = (model(torch.tensor([prompt]))[0, -1].double() / 1.5).exp()
+        weights[weights.argsort()[:2]] = 0
+        counts = torch.tensor(found).bincount(minlength=7)
+        assert counts[weights == 0].sum() == 0
+        kept = weights > 0
+        expected = weights[kept] / weights.sum() * len(found)
+        assert expected.min() > 5, "too few for the test"
+        assert chisquare(counts[kept], expected).pvalue > 1e-3
+
+
+def test_under_autocast_keys_and_values_fit_the_cache():
+    model = build(FAMILIES["llama"])
+    with torch.autocast("cpu", torch.bfloat16):
+        samples = drawn(model, prompts_of(model.config), Sampling(0), rows=3, max_tokens=3)
+    assert all(len(sample.tokens) == 3 for sample in samples)
 
 
 def test_in_batches_of_one_shape_logits_have_the_same_bits_whatever_is_in_the_other_rows():
