@@ -15,7 +15,7 @@ from torch import Tensor
 from megagpt.config.schema import ModelConfig
 from megagpt.errors import UsageError, UserError
 from megagpt.inference.cache import KVCache
-from megagpt.inference.sampling import Sampling, draw
+from megagpt.inference.sampling import Sampling, choose
 from megagpt.model import GPT
 
 _COLUMNS = 64
@@ -131,8 +131,8 @@ class Batch:
         changed = self.sampling.penalized(logits, self._in_text, self._counts)
         if self._allowed is not None:
             changed = changed.masked_fill(~self._allowed, -torch.inf)
-        tokens = draw(self.sampling.probabilities(changed), self._keys, self._steps)[:, None]
-        logprobs = logits.log_softmax(dim=-1).gather(1, tokens)
+        tokens = choose(self.sampling, changed, self._keys, self._steps)[:, None]
+        logprobs = logits.gather(1, tokens) - logits.logsumexp(dim=-1, keepdim=True)
         if self._in_text is not None:
             self._in_text.scatter_(1, tokens, True)
         if self._counts is not None:

@@ -17,7 +17,7 @@ from megagpt.errors import UsageError
 
 # SplitMix64 (Steele et al. 2014), in torch's signed integers.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
-_ROUNDS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64), (31, 1))
+_ROUNDS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,13 @@ class Sampling:
         return probabilities / probabilities.sum(dim=-1, keepdim=True)
 
 
+def choose(sampling: Sampling, logits: Tensor, keys: Tensor, steps: Tensor) -> Tensor:
+    """The next token of each row, (batch,) int64, of logits (batch, vocab) after penalties; the rest: see draw."""
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    return draw(sampling.probabilities(logits), keys, steps)
+
+
 def draw(probabilities: Tensor, keys: Tensor, steps: Tensor) -> Tensor:
     """One token a row: probabilities (batch, vocab) fp64, keys and steps (batch,) int64 -> (batch,) int64.
 
@@ -101,7 +108,7 @@ def exponentials(keys: Tensor, steps: Tensor, vocab_size: int) -> Tensor:
     rows = _mixed(keys + steps * _GOLDEN)
     tokens = torch.arange(vocab_size, device=keys.device) * _GOLDEN
     bits = _shifted(_mixed(rows[:, None] + tokens), 11)
-    return -torch.log((bits.double() + 0.5) * 2.0**-53)
+    return bits.double().add_(0.5).mul_(2.0**-53).log_().neg_()
 
 
 def sample_key(*names: object) -> int:
@@ -110,12 +117,14 @@ def sample_key(*names: object) -> int:
 
 
 def _mixed(x: Tensor) -> Tensor:
-    """A bijection of 64-bit integers in which every bit depends on all; integers overflow by wrapping around."""
+    """x after a bijection of 64-bit integers in which every bit depends on all, in place; they overflow silently."""
     for shift, factor in _ROUNDS:
-        x = (x ^ _shifted(x, shift)) * factor
+        x ^= _shifted(x, shift)
+        x *= factor
+    x ^= _shifted(x, 31)
     return x
 
 
 def _shifted(x: Tensor, bits: int) -> Tensor:
     """To the right, with zeros from the left: torch's own shift repeats the sign."""
-    return (x >> bits) & (2 ** (64 - bits) - 1)
+    return (x >> bits).bitwise_and_(2 ** (64 - bits) - 1)

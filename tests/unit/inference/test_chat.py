@@ -8,6 +8,7 @@ from megagpt.errors import UsageError
 from megagpt.inference.chat import Conversation
 from megagpt.inference.sampling import Sampling
 from megagpt.tokenizer import load_tokenizer
+from tests.unit.inference.test_generate import Script
 from tests.unit.model.configs import FAMILIES, build
 
 TOKENIZER = load_tokenizer("bytes")
@@ -57,8 +58,18 @@ def test_the_oldest_exchanges_leave_the_context_first():
 
 
 def test_an_answer_ends_before_chatmls_end_of_turn_or_a_stop_string():
-    chat, _ = conversation(120, stop=["x"])
-    assert chat._stop == ("x", "<|im_end|>")
+    says = b"_" + b"one<|im_end|>"  # a step each, the first of them for reading the prompt
+    chat = Conversation(
+        Script(says + b"_two x"),
+        TOKENIZER,
+        Sampling(0),
+        load_template("chatml"),
+        max_tokens=99,
+        stop=["x"],
+    )
+    assert "".join(chat.say("?")) == "one"
+    assert "".join(chat.say("?")) == "two "
+    assert [message["content"] for message in chat.messages] == ["?", "one", "?", "two "]
 
 
 def test_what_is_longer_than_the_context_is_refused_and_forgotten():
