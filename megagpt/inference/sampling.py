@@ -74,14 +74,15 @@ class Sampling:
         # The largest logit becomes 0 first, so that no temperature is too small.
         probabilities = ((logits - logits.amax(dim=-1, keepdim=True)) / self.temperature).softmax(dim=-1)
         if self.top_k is not None or self.top_p is not None:
-            ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-            if self.top_k is not None:
-                ordered[:, self.top_k :] = 0
+            if self.top_k is None:
+                ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+            else:
+                ordered, order = probabilities.topk(min(self.top_k, probabilities.shape[-1]), dim=-1)
                 ordered /= ordered.sum(dim=-1, keepdim=True)
             if self.top_p is not None:
                 before = ordered.cumsum(dim=-1) - ordered
                 ordered[before >= self.top_p] = 0
-            probabilities = torch.zeros_like(ordered).scatter(-1, order, ordered)
+            probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
         if self.min_p is not None:
             least = self.min_p * probabilities.amax(dim=-1, keepdim=True)
             probabilities = probabilities.masked_fill(probabilities < least, 0)
