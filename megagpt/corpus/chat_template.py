@@ -87,14 +87,17 @@ class ChatTemplate:
                 "{% generation %} and {% endgeneration %}"
             )
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> list[Segment]:
+    def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> list[Segment]:
         """The text of a conversation, in segments of which no two neighbours are alike, but for end tokens.
 
         messages: each has `role` and `content`, texts without NUL. An end-of-document token is learned if it is in or
-        directly behind what is. BadRecordError: the template fails, or refuses the conversation.
+        directly behind what is. add_generation_prompt: end with what comes before an answer, for the model to go on.
+        BadRecordError: the template fails, or refuses the conversation.
         """
         try:
-            text = self._template.render(messages=messages, bos_token="", eos_token=_END, add_generation_prompt=False)
+            text = self._template.render(
+                messages=messages, bos_token="", eos_token=_END, add_generation_prompt=add_generation_prompt
+            )
         except Exception as error:  # noqa: BLE001 - a template is the user's program, and may raise anything
             raise BadRecordError("template", _line(error)) from None
         return _joined(_segments(text))

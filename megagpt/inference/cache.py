@@ -1,8 +1,12 @@
 """Keys and values of the positions seen so far, so that decoding computes each position once.
 
-Memory is taken once, for the longest sequence: per layer two tensors (batch, kv_heads, max_len, head_dim). Grouped-
-query models keep their few key-value heads only.
+Memory is taken once: per layer two tensors (batch, kv_heads, max_len, head_dim), in which every row has its own
+length. Grouped-query models keep their few key-value heads only. Position p of a row lies in column p modulo max_len:
+a row that goes on beyond max_len writes over its oldest position and sees the last max_len ones. Keys and values
+take the cache's dtype, which under autocast may be another.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,26 +14,57 @@ from torch import Tensor
 from megagpt.config.schema import ModelConfig
 
 
-class LayerCache:
-    """Keys and values of one layer."""
+class _Decoding(NamedTuple):
+    """One layer, while each row adds its next positions."""
 
-    def __init__(self, keys: Tensor, values: Tensor, length: int = 0) -> None:
-        self.keys, self.values, self.length = keys, values, length
+    keys: Tensor
+    values: Tensor
+    rows: Tensor
+    """(batch, 1)."""
+    columns: Tensor
+    """(batch, seq)."""
+    limit: int
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep new keys and values (batch, kv_heads, seq, head_dim); return views of those of all positions so far."""
-        start, self.length = self.length, self.length + keys.shape[2]
-        assert self.length <= self.keys.shape[2], "the caller sized the cache for the whole sequence"
-        self.keys[:, :, start : self.length] = keys
-        self.values[:, :, start : self.length] = values
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+        """Put (batch, kv_heads, seq, head_dim) in its columns; return views of the first `limit` columns."""
+        self.keys[self.rows, :, self.columns] = keys.transpose(1, 2).to(self.keys.dtype)
+        self.values[self.rows, :, self.columns] = values.transpose(1, 2).to(self.values.dtype)
+        return self.keys[:, :, : self.limit], self.values[:, :, : self.limit]
+
+
+class _Prefilling(NamedTuple):
+    """One layer, while prompts are read from their beginning."""
+
+    keys: Tensor
+    values: Tensor
+    rows: Tensor
+    """(n,)."""
+    prompts: Tensor
+    """(n,): which of the prompts each row has."""
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Copy (prompts, kv_heads, seq, head_dim) into the rows; return it."""
+        self.keys[self.rows, :, : keys.shape[2]] = keys[self.prompts].to(self.keys.dtype)
+        self.values[self.rows, :, : keys.shape[2]] = values[self.prompts].to(self.values.dtype)
+        return keys, values
+
+
+class CacheView(NamedTuple):
+    """What a forward pass takes: see megagpt.model.gpt.Cache."""
+
+    layers: list[_Decoding] | list[_Prefilling]
+    positions: Tensor
+    mask: Tensor | None
 
 
 class KVCache:
-    """The caches of all layers; `length` positions are filled."""
+    """The keys and values of all layers. Which of them count, the positions say that are given to `at`."""
 
-    def __init__(self, layers: list[LayerCache]) -> None:
+    def __init__(self, layers: list[tuple[Tensor, Tensor]]) -> None:
         self.layers = layers
+        keys, _ = layers[0]
+        self._rows = torch.arange(keys.shape[0], device=keys.device).unsqueeze(1)
+        self._columns = torch.arange(keys.shape[2], device=keys.device)
 
     @classmethod
     def empty(
@@ -37,25 +72,29 @@ class KVCache:
     ) -> "KVCache":
         """Room for `max_len` positions of `batch` sequences."""
         shape = (batch, config.kv_heads, max_len, config.head_dim)
-        return cls(
-            [
-                LayerCache(
-                    torch.empty(shape, device=device, dtype=dtype), torch.empty(shape, device=device, dtype=dtype)
-                )
-                for _ in range(config.num_layers)
-            ]
-        )
+        # Zeros, as what is masked is multiplied by 0, which would not hide a NaN.
+        return cls([tuple(torch.zeros(2, *shape, device=device, dtype=dtype)) for _ in range(config.num_layers)])
 
     @property
-    def length(self) -> int:
-        """Number of positions held."""
-        return self.layers[0].length
+    def max_len(self) -> int:
+        """The most positions that a row can see."""
+        return len(self._columns)
 
-    def repeated(self, batch: int) -> "KVCache":
-        """A copy for `batch` continuations of the one sequence held here."""
-        return KVCache(
-            [
-                LayerCache(layer.keys.repeat(batch, 1, 1, 1), layer.values.repeat(batch, 1, 1, 1), layer.length)
-                for layer in self.layers
-            ]
-        )
+    def at(self, positions: Tensor, limit: int) -> CacheView:
+        """To read tokens at `positions` (batch, seq) int64, each row after its earlier ones.
+
+        limit: all positions up to max_len are below it, so that no more columns need be looked at. Several positions
+        at a time (seq > 1) must be below max_len.
+        """
+        columns = positions % self.max_len
+        mask = (self._columns[:limit] <= positions.unsqueeze(-1)).unsqueeze(1)
+        layers = [_Decoding(keys, values, self._rows, columns, limit) for keys, values in self.layers]
+        return CacheView(layers, positions, mask)
+
+    def prefill(self, rows: Tensor, prompts: Tensor, seq_len: int) -> CacheView:
+        """To read prompts (n, seq_len) from position 0: rows[i] gets the keys and values of prompt prompts[i] (m,).
+
+        Prompts may be padded on the right: what padding leaves behind is written over before it is seen.
+        """
+        positions = self._columns[:seq_len].unsqueeze(0)
+        return CacheView([_Prefilling(keys, values, rows, prompts) for keys, values in self.layers], positions, None)

@@ -1,17 +1,23 @@
-"""From logits to the next token: temperature, top-k (Fan et al. 2018), nucleus or top-p (Holtzman et al. 2020).
+"""From logits to the next token: penalties, temperature, top-k (Fan et al. 2018), nucleus or top-p (Holtzman et al.
+2020), min-p (Nguyen et al. 2024), in the order of transformers' logits processors.
 
-Each sample has its own generator, seeded by (seed, number of the sample), and spends one uniform number a token on an
-inverse-CDF draw: so a sample depends neither on how many others are drawn beside it nor on the device.
+Tokens are drawn by exponential races (the Gumbel-max trick): each token of the vocabulary has a random time of its own,
+a hash of (key of the sample, step, token), and the one of smallest time / probability wins. So a sample depends neither
+on what is drawn beside it nor on the device, and a rounding error of size e in the logits changes a draw with a
+probability of about 2e, whatever the size of the vocabulary. An inverse-CDF draw would add up the errors of all tokens.
 """
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from megagpt.errors import UsageError
+
+# SplitMix64 (Steele et al. 2014), in torch's signed integers.
+_GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+_ROUNDS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,12 @@ class Sampling:
     """Choose among the k likeliest tokens only; None: among all."""
     top_p: float | None = None
     """Choose among the fewest likeliest tokens whose probabilities reach p together; None: among all."""
+    min_p: float | None = None
+    """Choose among tokens at least this times as probable as the likeliest; None: among all."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens in the text so far are divided by it if positive, else multiplied (Keskar et al. 2019)."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time that it is in the continuation."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -32,6 +44,27 @@ class Sampling:
             raise UsageError(f"top-k must be 1 or more, but it is {self.top_k}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UsageError(f"top-p must be above 0 and at most 1, but it is {self.top_p}")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise UsageError(f"min-p must be 0 to 1, but it is {self.min_p}")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise UsageError(f"repetition penalty must be above 0, but it is {self.repetition_penalty}")
+        if not abs(self.frequency_penalty) < float("inf"):
+            raise UsageError(f"frequency penalty must be a finite number, but it is {self.frequency_penalty}")
+
+    def penalized(self, logits: Tensor, in_text: Tensor | None, counts: Tensor | None) -> Tensor:
+        """Logits (batch, vocab) after the penalties.
+
+        in_text: (batch, vocab) bool, tokens of prompt and continuation; counts: (batch, vocab), how often each is in
+        the continuation. Each is read only, and may be None only, where its penalty does anything.
+        """
+        if self.repetition_penalty != 1:
+            assert in_text is not None
+            penalized = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
+            logits = torch.where(in_text, penalized, logits)
+        if self.frequency_penalty != 0:
+            assert counts is not None
+            logits = logits - self.frequency_penalty * counts
+        return logits
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """Logits (batch, vocab) -> the distribution (batch, vocab) fp64 that is drawn from."""
@@ -40,36 +73,59 @@ class Sampling:
             return torch.nn.functional.one_hot(logits.argmax(dim=-1), logits.shape[-1]).double()
         # The largest logit becomes 0 first, so that no temperature is too small.
         probabilities = ((logits - logits.amax(dim=-1, keepdim=True)) / self.temperature).softmax(dim=-1)
-        if self.top_k is None and self.top_p is None:
-            return probabilities
-        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        if self.top_k is not None:
-            ordered[:, self.top_k :] = 0
-            ordered /= ordered.sum(dim=-1, keepdim=True)
-        if self.top_p is not None:
-            before = ordered.cumsum(dim=-1) - ordered
-            ordered[before >= self.top_p] = 0
-            ordered /= ordered.sum(dim=-1, keepdim=True)
-        return torch.zeros_like(ordered).scatter(-1, order, ordered)
+        if self.top_k is not None or self.top_p is not None:
+            if self.top_k is None:
+                ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+            else:
+                ordered, order = probabilities.topk(min(self.top_k, probabilities.shape[-1]), dim=-1)
+                ordered /= ordered.sum(dim=-1, keepdim=True)
+            if self.top_p is not None:
+                before = ordered.cumsum(dim=-1) - ordered
+                ordered[before >= self.top_p] = 0
+            probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
+        if self.min_p is not None:
+            least = self.min_p * probabilities.amax(dim=-1, keepdim=True)
+            probabilities = probabilities.masked_fill(probabilities < least, 0)
+        return probabilities / probabilities.sum(dim=-1, keepdim=True)
 
 
-def draw(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """One token a row by inverse CDF: probabilities (batch, vocab), uniforms (batch,) in [0, 1) -> (batch,) int64."""
-    cumulative = probabilities.cumsum(dim=-1)
-    # Scaled by the last sum, which rounding keeps from being 1, so that no draw falls behind the last token.
-    thresholds = uniforms.unsqueeze(-1) * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, thresholds, right=True).squeeze(-1)
+def choose(sampling: Sampling, logits: Tensor, keys: Tensor, steps: Tensor) -> Tensor:
+    """The next token of each row, (batch,) int64, of logits (batch, vocab) after penalties; the rest: see draw."""
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    return draw(sampling.probabilities(logits), keys, steps)
 
 
-def sample_generators(seed: int, num_samples: int) -> list[torch.Generator]:
-    """One CPU generator a sample; the i-th depends on seed and i only."""
-    return [torch.Generator().manual_seed(_hash(f"{seed}/{index}")) for index in range(num_samples)]
+def draw(probabilities: Tensor, keys: Tensor, steps: Tensor) -> Tensor:
+    """One token a row: probabilities (batch, vocab) fp64, keys and steps (batch,) int64 -> (batch,) int64.
+
+    keys: see sample_key; steps: how many tokens the row's sample has already drawn.
+    """
+    return (probabilities / exponentials(keys, steps, probabilities.shape[-1])).argmax(dim=-1)
 
 
-def uniforms(generators: Sequence[torch.Generator]) -> Tensor:
-    """The next uniform number in [0, 1) of each generator: (batch,) fp64 on the CPU."""
-    return torch.cat([torch.rand(1, dtype=torch.float64, generator=generator) for generator in generators])
+def exponentials(keys: Tensor, steps: Tensor, vocab_size: int) -> Tensor:
+    """Random times (batch, vocab) fp64 of an exponential distribution, a hash of key, step and token."""
+    rows = _mixed(keys + steps * _GOLDEN)
+    tokens = torch.arange(vocab_size, device=keys.device) * _GOLDEN
+    bits = _shifted(_mixed(rows[:, None] + tokens), 11)
+    return bits.double().add_(0.5).mul_(2.0**-53).log_().neg_()
 
 
-def _hash(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
+def sample_key(*names: object) -> int:
+    """What a sample's random numbers come from: a hash of its names (seed, id, number), as a signed 64-bit integer."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, names)).encode()).digest()[:8], "little", signed=True)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """x after a bijection of 64-bit integers in which every bit depends on all, in place; they overflow silently."""
+    for shift, factor in _ROUNDS:
+        x ^= _shifted(x, shift)
+        x *= factor
+    x ^= _shifted(x, 31)
+    return x
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """To the right, with zeros from the left: torch's own shift repeats the sign."""
+    return (x >> bits).bitwise_and_(2 ** (64 - bits) - 1)

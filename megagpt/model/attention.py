@@ -67,7 +67,7 @@ class LayerCache(Protocol):
     """Keys and values of the earlier positions of one layer."""
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep new keys and values (batch, kv_heads, seq, head_dim); return those of all positions so far."""
+        """Keep new keys and values (batch, kv_heads, seq, head_dim); return those to attend to."""
 
 
 class Attention(nn.Module):
@@ -115,6 +115,12 @@ class Attention(nn.Module):
             return self.flex_kernel(
                 query, key, value, block_mask=mask.block_mask(), enable_gqa=grouped, kernel_options=options
             )
+        if grouped and query.shape[2] == 1:
+            # The heads of a group become its queries: one position sees all that it may, so they need no order.
+            batch, heads, _, head_dim = query.shape
+            query = query.view(batch, self.num_kv_heads, -1, head_dim)
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+            return attended.view(batch, heads, 1, head_dim)
         if grouped and mask is not None:
             # No fused GPU kernel takes a mask and grouped heads together; unfused, SDPA would store seq x seq scores.
             repeats = self.num_heads // self.num_kv_heads
@@ -131,17 +137,14 @@ class Attention(nn.Module):
         )
 
 
-def attention_mask(seq_len: int, past_len: int, document_ids: Tensor | None, device: torch.device) -> Tensor | None:
-    """Which keys each query may see: bool (batch or 1, 1, seq_len, past_len + seq_len), True where it may.
+def attention_mask(seq_len: int, document_ids: Tensor | None, device: torch.device) -> Tensor | None:
+    """Which keys each query may see: bool (batch, 1, seq_len, seq_len), True where it may; None: the causal rule.
 
-    None where the plain causal rule says it all: a sequence from its start, or one new position after cached ones.
     With document_ids (batch, seq_len) a query sees its own document only.
     """
-    if document_ids is None and (past_len == 0 or seq_len == 1):
-        return None
-    causal = torch.ones(seq_len, past_len + seq_len, dtype=torch.bool, device=device).tril(past_len)
     if document_ids is None:
-        return causal[None, None]
+        return None
+    causal = torch.ones(seq_len, seq_len, dtype=torch.bool, device=device).tril()
     return causal & (document_ids[:, None, :, None] == document_ids[:, None, None, :])
 
 

@@ -32,13 +32,19 @@ from megagpt.model.positions import Rotary, position_ids, rotary_tables, sinusoi
 
 
 class Cache(Protocol):
-    """Keys and values of earlier positions, for decoding."""
-
-    layers: Sequence[LayerCache]
+    """Keys and values of earlier positions, and where this call's tokens stand among them."""
 
     @property
-    def length(self) -> int:
-        """Number of positions held."""
+    def layers(self) -> Sequence[LayerCache]:
+        """One a block."""
+
+    @property
+    def positions(self) -> Tensor:
+        """Of this call's tokens: (batch or 1, seq) int64."""
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Which of the keys that a layer's `append` returns each query may see; None: see Attention."""
 
 
 class Block(nn.Module):
@@ -95,21 +101,23 @@ class GPT(nn.Module):
 
         input_ids, targets: (batch, seq) int64; targets of IGNORE_INDEX (-100) have no loss.
         document_ids: (batch, seq) int; attention and positions stop where it changes. An id must not come again later.
-        cache: earlier positions to attend to; this call's are appended. Not together with document_ids.
+        cache: earlier positions to attend to, and those of this call, which are appended. Not with document_ids.
         last_position_only: logits (batch, 1, vocab) of the last position, which is what decoding needs.
         Raises ValueError for more positions than a learned table has.
         """
         assert cache is None or document_ids is None, "a cache holds one document"
-        seq_len, past_len = input_ids.shape[1], 0 if cache is None else cache.length
-        if self.config.position == "learned" and past_len + seq_len > self.config.max_seq_len:
-            raise ValueError(f"{past_len + seq_len} tokens, but only {self.config.max_seq_len} learned positions")
-        positions = position_ids(seq_len, past_len, document_ids, input_ids.device)
+        seq_len = input_ids.shape[1]
+        if self.config.position == "learned" and seq_len > self.config.max_seq_len:
+            raise ValueError(f"{seq_len} tokens, but only {self.config.max_seq_len} learned positions")
+        positions = position_ids(seq_len, document_ids, input_ids.device) if cache is None else cache.positions
         mask: Tensor | BlockSparseMask | None
         # FlexAttention knows no dropout.
-        if document_ids is not None and self.flex_attention and not (self.training and self.config.dropout):
+        if cache is not None:
+            mask = cache.mask
+        elif document_ids is not None and self.flex_attention and not (self.training and self.config.dropout):
             mask = block_sparse_mask(document_ids)
         else:
-            mask = attention_mask(seq_len, past_len, document_ids, input_ids.device)
+            mask = attention_mask(seq_len, document_ids, input_ids.device)
         rotary = self._rotary_tables(positions)
         hidden_states = self.dropout(self._embed(input_ids, positions))
         for index, block in enumerate(self.blocks):

@@ -12,9 +12,9 @@ Rotary = tuple[Tensor, Tensor]
 """Cosines and sines, fp32, each (batch or 1, 1, seq, head_dim): broadcast over heads."""
 
 
-def position_ids(seq_len: int, offset: int, document_ids: Tensor | None, device: torch.device) -> Tensor:
-    """Positions (batch or 1, seq) int64: offset, offset + 1, ...; with document_ids 0, 1, ... in each document."""
-    index = torch.arange(offset, offset + seq_len, device=device).unsqueeze(0)
+def position_ids(seq_len: int, document_ids: Tensor | None, device: torch.device) -> Tensor:
+    """Positions (batch or 1, seq) int64: 0, 1, ...; with document_ids from 0 in each document."""
+    index = torch.arange(seq_len, device=device).unsqueeze(0)
     return index if document_ids is None else index - document_starts(document_ids)
 
 

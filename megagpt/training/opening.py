@@ -12,7 +12,8 @@ from megagpt.data.loader import TrainingData, ValidationData
 from megagpt.data.manifest import Manifest, common_tokenizer
 from megagpt.data.names import distinct_names
 from megagpt.errors import UsageError, UserError
-from megagpt.inference.generate import encode_prompt, tokens_left
+from megagpt.inference.batch import tokens_left
+from megagpt.inference.generate import encode_prompt
 from megagpt.tokenizer import Tokenizer, token_byte_lengths
 from megagpt.training.recording import Metrics
 from megagpt.training.samples import continuations

@@ -124,7 +124,7 @@ def test_blocks_are_those_that_torch_finds_in_the_whole_mask(lengths, seq):
     index = torch.arange(seq)
     rows = torch.arange(len(ids))[:, None, None]
     mask = found.mask_mod(rows, torch.tensor(0), index[:, None], index)
-    assert torch.equal(mask[:, None], attention_mask(seq, 0, ids, torch.device("cpu")))
+    assert torch.equal(mask[:, None], attention_mask(seq, ids, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("compiled", ["in blocks", "alone"])

@@ -33,7 +33,7 @@ def test_rotations_of_bf16():
     frequencies = 10000.0 ** (-torch.arange(0, 10, 2, dtype=torch.float64) / 10)
     turns = torch.polar(torch.ones(512, 5, dtype=torch.float64), torch.arange(512)[:, None] * frequencies)
     rotated = torch.complex(x[..., :5].double(), x[..., 5:].double()) * turns
-    tables = rotary_tables(position_ids(512, 0, None, x.device), head_dim=10, theta=10000.0)
+    tables = rotary_tables(position_ids(512, None, x.device), head_dim=10, theta=10000.0)
     found = apply_rotary(x, tables)
     torch.testing.assert_close(
         found.double(), torch.cat((rotated.real, rotated.imag), dim=-1), rtol=ROUNDING, atol=2e-4
