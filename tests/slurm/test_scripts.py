@@ -91,7 +91,10 @@ def test_a_scaling_study_runs_a_job_for_each_size_and_reports_after_all(
     job = cluster.sbatch(SCRIPTS / "scaling.sh", *arguments, options=[f"--output={tmp_path}/job.out"], cwd=ROOT)
     cluster.wait(job, "COMPLETED", timeout=60)
     assert cluster.output(job).count(": job ") == 3
-    cluster.until(lambda: (output / "report/results.json").exists(), 180, f"no report{cluster.report(job)}")
+    page = output / "report/study.html"  # written last
+    cluster.until(
+        lambda: page.exists() and page.read_text().endswith("</html>\n"), 180, f"no report{cluster.report(job)}"
+    )
     results = json.loads((output / "report/results.json").read_text())
     assert results
     assert (output / "report/study.html").stat().st_size > 10_000
