@@ -17,7 +17,16 @@ from typing import Any
 import torch
 
 from megagpt.config.schema import ModelConfig
-from megagpt.convert.names import Entry, check_expressible, from_foreign, is_gpt2_mask, tied, to_foreign
+from megagpt.convert.names import (
+    GPT2_EMBEDDINGS,
+    Entry,
+    check_expressible,
+    from_foreign,
+    gpt2_modules,
+    is_gpt2_mask,
+    tied,
+    to_foreign,
+)
 from megagpt.convert.torch_weights import read_torch_weights
 from megagpt.convert.writing import INDEX
 from megagpt.errors import UsageError, UserError
@@ -190,24 +199,10 @@ def _indexed(folder: Path, index: Path, read: Callable[[list[Path]], dict[str, W
 
 
 def _gpt2_entries(model: ModelConfig) -> list[Entry]:
-    entries = [
-        Entry("embedding.weight", ("transformer.wte.weight",)),
-        Entry("position_embedding.weight", ("transformer.wpe.weight",)),
-    ]
-    names = {
-        "attention_norm": "ln_1",
-        "attention.qkv": "attn.c_attn",
-        "attention.out": "attn.c_proj",
-        "feedforward_norm": "ln_2",
-        "feedforward.up": "mlp.c_fc",
-        "feedforward.down": "mlp.c_proj",
-    }
-    for layer in range(model.num_layers):
-        for ours, theirs in names.items():
-            ours, theirs = f"blocks.{layer}.{ours}", f"transformer.h.{layer}.{theirs}"
-            entries.append(Entry(f"{ours}.weight", (f"{theirs}.weight",), transposed="norm" not in ours))
-            entries.append(Entry(f"{ours}.bias", (f"{theirs}.bias",)))
-    entries += [Entry(f"norm.{leaf}", (f"transformer.ln_f.{leaf}",)) for leaf in ("weight", "bias")]
+    entries = list(GPT2_EMBEDDINGS)
+    for ours, theirs in gpt2_modules(model):
+        entries.append(Entry(f"{ours}.weight", (f"{theirs}.weight",), transposed="norm" not in ours))
+        entries.append(Entry(f"{ours}.bias", (f"{theirs}.bias",)))
     return entries if model.tie_embeddings else [*entries, Entry("head.weight", ("lm_head.weight",))]
 
 

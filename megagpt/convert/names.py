@@ -24,6 +24,30 @@ class Entry(NamedTuple):
     """Whether the matrix is stored as (in, out)."""
 
 
+GPT2_EMBEDDINGS = [
+    Entry("embedding.weight", ("transformer.wte.weight",)),
+    Entry("position_embedding.weight", ("transformer.wpe.weight",)),
+]
+_GPT2_MODULES = {
+    "attention_norm": "ln_1",
+    "attention.qkv": "attn.c_attn",
+    "attention.out": "attn.c_proj",
+    "feedforward_norm": "ln_2",
+    "feedforward.up": "mlp.c_fc",
+    "feedforward.down": "mlp.c_proj",
+}
+
+
+def gpt2_modules(model: ModelConfig) -> list[tuple[str, str]]:
+    """Each module of weight and bias, by our name and by GPT-2's, which nanoGPT has too."""
+    blocks = [
+        (f"blocks.{layer}.{ours}", f"transformer.h.{layer}.{theirs}")
+        for layer in range(model.num_layers)
+        for ours, theirs in _GPT2_MODULES.items()
+    ]
+    return [*blocks, ("norm", "transformer.ln_f")]
+
+
 def to_foreign(entries: Iterable[Entry], model: ModelConfig, weights: Weights) -> dict[str, Weight]:
     """The foreign format's weights, out of ours."""
     found: dict[str, Weight] = {}

@@ -13,7 +13,16 @@ from typing import Any
 import torch
 
 from megagpt.config.schema import ModelConfig
-from megagpt.convert.names import Entry, check_expressible, from_foreign, is_gpt2_mask, tied, to_foreign
+from megagpt.convert.names import (
+    GPT2_EMBEDDINGS,
+    Entry,
+    check_expressible,
+    from_foreign,
+    gpt2_modules,
+    is_gpt2_mask,
+    tied,
+    to_foreign,
+)
 from megagpt.convert.torch_weights import read_torch_weights
 from megagpt.convert.writing import Report
 from megagpt.data.atomic import fsync_path
@@ -105,26 +114,7 @@ def _model(arguments: Mapping[str, Any], where: str) -> ModelConfig:
 
 
 def _entries(model: ModelConfig) -> list[Entry]:
-    entries = [
-        Entry("embedding.weight", ("transformer.wte.weight",)),
-        Entry("position_embedding.weight", ("transformer.wpe.weight",)),
+    leaves = ("weight", "bias") if model.bias else ("weight",)
+    return GPT2_EMBEDDINGS + [
+        Entry(f"{ours}.{leaf}", (f"{theirs}.{leaf}",)) for ours, theirs in gpt2_modules(model) for leaf in leaves
     ]
-    names = {
-        "attention_norm": "ln_1",
-        "attention.qkv": "attn.c_attn",
-        "attention.out": "attn.c_proj",
-        "feedforward_norm": "ln_2",
-        "feedforward.up": "mlp.c_fc",
-        "feedforward.down": "mlp.c_proj",
-    }
-    pairs = [
-        (f"blocks.{layer}.{ours}", f"transformer.h.{layer}.{theirs}")
-        for layer in range(model.num_layers)
-        for ours, theirs in names.items()
-    ]
-    for ours, theirs in [*pairs, ("norm", "transformer.ln_f")]:
-        entries += [
-            Entry(f"{ours}.{leaf}", (f"{theirs}.{leaf}",))
-            for leaf in (("weight", "bias") if model.bias else ("weight",))
-        ]
-    return entries
