@@ -1,8 +1,9 @@
 """What the ranks say of themselves before training is judged rightly, in one line that names hosts and ranks."""
 
+import json
 import socket
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import psutil
 import pytest
@@ -137,6 +138,24 @@ def test_all_ranks_raise_what_one_of_them_cannot_do():
 def test_all_ranks_that_came_raise_when_one_did_not():
     outcomes = together(on_gpus([["a", "b"]]), 3, timeout=0.5)
     assert [str(error).split(":")[0] for error in outcomes] == ["1 of 3 ranks did not come within 0 s"] * 2
+
+
+def test_rank_0_whose_end_takes_the_store_away_waits_until_the_others_have_read_what_is_wrong():
+    mine, other = on_gpus([["a", "a"]])  # on one GPU
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("roll_call/1", json.dumps(asdict(other)))
+    ended = threading.Event()
+
+    def take_part() -> None:
+        place = ProcessEnvironment("Slurm", 0, 0, 2, 2, ("127.0.0.1",), (1,), "j")
+        with pytest.raises(AgreedError, match="would share one GPU"):
+            roll_call(place, TCPStore("127.0.0.1", store.port, is_master=False), mine, timeout=10.0)
+        ended.set()
+
+    threading.Thread(target=take_part, daemon=True).start()
+    assert not ended.wait(1.5)
+    store.add("roll_call/heard", 1)
+    assert ended.wait(5)
 
 
 def test_ranks_of_one_host_speak_over_loopback_those_of_several_over_the_interface_between_them():

@@ -12,6 +12,7 @@ from megagpt.scaling.slurm import Slurm
 from megagpt.scaling.study import load_study
 from tests.unit.scaling.fake_studies import create, finish, write_study
 from tests.unit.training.fake_runs import write_records
+from tools.scaling import _environment
 
 # Job ids count the calls; a job named in `refused` is not accepted; `states` and `codes` are files of the test.
 SBATCH = """#!/bin/sh
@@ -145,3 +146,11 @@ def test_finished_runs_are_not_submitted(cluster):
     runs = [call for call in cluster.calls() if "slurm/train.sh" in call]
     assert len(runs) == 1
     assert json.loads((folder.entries[0].path / "entry.json").read_text())["attempts"][0]["job_id"] is None
+
+
+def test_jobs_of_a_study_get_the_sites_account_but_nothing_of_the_job_that_submits_them(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"SBATCH_ACCOUNT": "mine", "OMP_NUM_THREADS": "4", "SLURM_CONF": "/c"})
+    on_login_node = _environment()
+    assert on_login_node == os.environ
+    os.environ.update({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "1", "SRUN_CPUS_PER_TASK": "1", "OMP_NUM_THREADS": "1"})
+    assert _environment() == {"SBATCH_ACCOUNT": "mine", "SLURM_CONF": "/c"}

@@ -303,6 +303,22 @@ def test_speed_is_that_since_the_last_start_at_whatever_number_of_ranks(run):
 # ---- restarts
 
 
+def test_a_requeue_after_a_lost_node_or_an_unheard_signal_is_no_failure(run):
+    run.start(job="7")
+    run.train(to=100)
+    run.end_job("7", 84, "requeue", "a node was lost")
+    run.wait(60)
+    run.start(job="7", restart=1)
+    run.end_job("7", 143, "requeue", "asked to stop", restart=1)
+    run.wait(60)
+    run.start(job="7", restart=2)
+    run.write(100)
+    assert [(one.cause, one.reason) for one in status_of(run).restarts] == [
+        ("silent", "a node was lost"),
+        ("signal", "asked to stop"),
+    ]
+
+
 def test_every_restart_has_its_cause_whoever_wrote_it_down(run):
     run.start()
     run.train(to=100)
