@@ -5,7 +5,7 @@ run_dir/
     tokenizer.json    how tokens become text again (and beside it the vocabulary's file, if it is an own one)
     metrics.jsonl     see megagpt.training.metrics
     checkpoints/      see megagpt.training.checkpoint
-    logs/rank_*.log
+    logs/rank_*.log   (of a Slurm job: logs/JOBID/rank_*.log)
     .lock             held by rank 0 of the run that is writing
 """
 

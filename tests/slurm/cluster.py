@@ -124,7 +124,7 @@ class Cluster:
             for node in self.nodes:
                 self._start(node, "slurmd", "-f", str(self._conf), "-N", node)
             self.until(lambda: self.node_states() == dict.fromkeys(self.nodes, "idle"), 20, "the nodes are not ready")
-        except BaseException:
+        except BaseException:  # Ctrl-C, too, must leave nothing behind; it goes on to the caller
             self.down()
             raise
 
