@@ -63,6 +63,7 @@ _MODES_OF = {
     "stop": _DRAWING,
     "seed": _DRAWING,
     "slide": (_TEXT, _PROMPTS),
+    "compile": _DRAWING,
     "batch_size": (_PROMPTS,),
     "logprobs": (_PROMPTS,),
     "template": (_CHAT,),
@@ -116,6 +117,10 @@ def generate_command(
     ] = False,
     seed: Annotated[int, typer.Option(help="Sample i depends on the seed and i only.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="How many samples of --prompts are drawn together.")] = 16,
+    compile: Annotated[
+        bool | None,
+        typer.Option("--compile/--no-compile", help="Compile the step of decoding. [default: if that will save time]"),
+    ] = None,
     logprobs: Annotated[
         bool, typer.Option("--logprobs", help="Write the samples' token ids and their log-probabilities, too.")
     ] = False,
@@ -176,7 +181,7 @@ def generate_command(
             if score:
                 records = _scores(loaded, [line for line, _ in mine.todo], context, stride)
             else:
-                drawing["batch_size"] = batch_size
+                drawing |= {"batch_size": batch_size, "compile": compile}
                 records = sample_prompts(loaded.model, loaded.tokenizer, mine.todo, sampling, **drawing)
             _write(out, records, mine)
     elif mode == _SCORE:
@@ -188,14 +193,14 @@ def generate_command(
         )
     elif chat:
         conversation = Conversation(
-            loaded.model, loaded.tokenizer, sampling, chat_template, max_tokens=max_tokens, **drawing
+            loaded.model, loaded.tokenizer, sampling, chat_template, max_tokens=max_tokens, compile=compile, **drawing
         )
         _talk(conversation)
     else:
         left = longest(loaded.model.config, len(encode_prompt(loaded.tokenizer, text)), max_tokens, slide)
         if left < max_tokens:
             print(f"note: the model's context ends after {left} new tokens", file=sys.stderr)
-        drawing |= {"num_samples": samples, "max_new_tokens": max_tokens, "slide": slide}
+        drawing |= {"num_samples": samples, "max_new_tokens": max_tokens, "slide": slide, "compile": compile}
         _print_samples(text, generate_text(loaded.model, loaded.tokenizer, text, sampling, **drawing), samples)
 
 

@@ -1,12 +1,13 @@
 """A fixed number of rows that are decoded together, each at its own position; a finished row takes the next sample.
 
 A step is a function of fixed shapes: it reads one token a row, (batch, 1), at the rows' positions, changes its state in
-place and waits for the device once, to fetch the drawn tokens. The prompts are read before, all but their last token,
+place and waits for the device once, to fetch the drawn tokens. So it can be compiled, and on GPUs it is replayed as a
+CUDA graph. The prompts are read before, all but their last token,
 which is the first step's: prompts of like lengths in one pass, padded on the right, and equal prompts once. Positions
 count from the prompt's own beginning, so that no padding is ever seen.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,11 +16,14 @@ from torch import Tensor
 from megagpt.config.schema import ModelConfig
 from megagpt.errors import UsageError, UserError
 from megagpt.inference.cache import KVCache
+from megagpt.inference.decoder import INDUCTOR_OPTIONS, decoder_of
 from megagpt.inference.sampling import Sampling, choose
 from megagpt.model import GPT
 
 _COLUMNS = 64
 """The step looks at a multiple of so many columns of the cache."""
+_STEPS_TO_COMPILE_FOR = 3_000
+"""Steps whose time is about that of compiling: 20 s."""
 _PREFILL_TOKENS = 16_384
 """Most tokens of one pass over several prompts, padding included."""
 
@@ -58,9 +62,20 @@ class Batch:
     """`size` rows of one model, sampled in one way."""
 
     def __init__(
-        self, model: GPT, sampling: Sampling, size: int, max_len: int, *, allowed: Tensor | None = None
+        self,
+        model: GPT,
+        sampling: Sampling,
+        size: int,
+        max_len: int,
+        *,
+        allowed: Tensor | None = None,
+        compile: bool = False,
     ) -> None:
-        """max_len: the most positions that a row can see. allowed: (vocab,) bool, the ids that may be drawn."""
+        """max_len: the most positions that a row can see. allowed: (vocab,) bool, the ids that may be drawn.
+
+        compile: the step, at its first use, see worth_compiling; on a CPU in bf16, and if size > 1, with a copy of the
+        weights.
+        """
         weight, vocab_size = model.embedding.weight, model.config.vocab_size
         self.model, self.sampling, self.size, self._allowed = model, sampling, size, allowed
         self._cache = KVCache.empty(model.config, size, max_len, weight.device, weight.dtype)
@@ -75,6 +90,9 @@ class Batch:
         if sampling.frequency_penalty != 0:
             self._counts = torch.zeros(size, vocab_size, dtype=torch.int32, device=self._device)
         self._lengths = [0] * size  # the positions again, known without asking the device; 0: no sample
+        self._decoder = decoder_of(model, size) if compile else model
+        run: Callable[[Tensor], Tensor] = _Compiled(self._step) if compile else self._step
+        self._run = _Graphs(run) if self._device.type == "cuda" else run
 
     @torch.no_grad()
     def start(self, samples: dict[int, Sample]) -> None:
@@ -114,8 +132,9 @@ class Batch:
     def step(self) -> Drawn:
         """The next token of each row. Raises UserError where the model's logits are not finite."""
         furthest = -(-max(self._lengths) // _COLUMNS) * _COLUMNS
+        columns = self._cache.columns(min(furthest, self._cache.max_len))
         # One transfer, of fp64, which holds every id.
-        tokens, logprobs = self._step(min(furthest, self._cache.max_len)).tolist()
+        tokens, logprobs = self._run(columns).tolist()
         if any(token < 0 and length for token, length in zip(tokens, self._lengths, strict=True)):
             raise UserError(
                 "the model's logits are not finite: its training diverged, or fp16 is too narrow for it; "
@@ -124,10 +143,10 @@ class Batch:
         self._lengths = [length and length + 1 for length in self._lengths]
         return Drawn([int(token) for token in tokens], logprobs)
 
-    def _step(self, limit: int) -> Tensor:
+    def _step(self, columns: Tensor) -> Tensor:
         """(2, size) fp64: tokens, -1 where logits are not finite, and their log-probabilities."""
-        view = self._cache.at(self._positions, limit)
-        logits = self.model(self._input_ids, cache=view, last_position_only=True)[:, -1].float()
+        view = self._cache.at(self._positions, columns)
+        logits = self._decoder(self._input_ids, cache=view, last_position_only=True)[:, -1].float()
         changed = self.sampling.penalized(logits, self._in_text, self._counts)
         if self._allowed is not None:
             changed = changed.masked_fill(~self._allowed, -torch.inf)
@@ -145,6 +164,52 @@ class Batch:
 
     def _tensor(self, values: Sequence[object]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+
+class _Compiled:
+    """A step, compiled once for any number of columns."""
+
+    def __init__(self, step: Callable[[Tensor], Tensor]) -> None:
+        self._step = torch.compile(step, fullgraph=True, options=INDUCTOR_OPTIONS)
+        self._seen: set[int] = set()
+
+    def __call__(self, columns: Tensor) -> Tensor:
+        if len(columns) in self._seen:
+            # All else is the same tensors as before; to check hundreds of them takes longer than a layer.
+            with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
+                return self._step(columns)
+        torch._dynamo.maybe_mark_dynamic(columns, 0)
+        self._seen.add(len(columns))
+        return self._step(columns)
+
+
+class _Graphs:
+    """A step as CUDA graphs, one for each number of columns: the first time it runs, the second it is recorded."""
+
+    def __init__(self, step: Callable[[Tensor], Tensor]) -> None:
+        self._step = step
+        self._pool = torch.cuda.graph_pool_handle()
+        self._seen: set[int] = set()
+        self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+
+    def __call__(self, columns: Tensor) -> Tensor:
+        size = len(columns)
+        if size not in self._seen:
+            self._seen.add(size)
+            return self._step(columns)
+        if size not in self._graphs:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                result = self._step(columns)
+            self._graphs[size] = graph, result
+        graph, result = self._graphs[size]
+        graph.replay()
+        return result
+
+
+def worth_compiling(samples: Sequence[Sample], rows: int) -> bool:
+    """Whether drawing all `samples`, as many as `rows` at a time, likely takes longer than to compile first."""
+    return sum(sample.max_tokens for sample in samples) > _STEPS_TO_COMPILE_FOR * rows
 
 
 def run(batch: Batch, samples: Iterator[Sample]) -> Iterator[list[Sample]]:

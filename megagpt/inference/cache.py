@@ -65,6 +65,7 @@ class KVCache:
         keys, _ = layers[0]
         self._rows = torch.arange(keys.shape[0], device=keys.device).unsqueeze(1)
         self._columns = torch.arange(keys.shape[2], device=keys.device)
+        self._first_columns: dict[int, Tensor] = {}
 
     @classmethod
     def empty(
@@ -80,15 +81,21 @@ class KVCache:
         """The most positions that a row can see."""
         return len(self._columns)
 
-    def at(self, positions: Tensor, limit: int) -> CacheView:
+    def columns(self, limit: int) -> Tensor:
+        """The first `limit` columns as `at` takes them: (limit,) int64, the same tensor each time."""
+        if limit not in self._first_columns:
+            self._first_columns[limit] = torch.arange(limit, device=self._columns.device)
+        return self._first_columns[limit]
+
+    def at(self, positions: Tensor, seen: Tensor) -> CacheView:
         """To read tokens at `positions` (batch, seq) int64, each row after its earlier ones.
 
-        limit: all positions up to max_len are below it, so that no more columns need be looked at. Several positions
-        at a time (seq > 1) must be below max_len.
+        seen: the first columns, of which all positions up to max_len are, so that no more need be looked at. Several
+        positions at a time (seq > 1) must be below max_len.
         """
         columns = positions % self.max_len
-        mask = (self._columns[:limit] <= positions.unsqueeze(-1)).unsqueeze(1)
-        layers = [_Decoding(keys, values, self._rows, columns, limit) for keys, values in self.layers]
+        mask = (seen <= positions.unsqueeze(-1)).unsqueeze(1)
+        layers = [_Decoding(keys, values, self._rows, columns, len(seen)) for keys, values in self.layers]
         return CacheView(layers, positions, mask)
 
     def prefill(self, rows: Tensor, prompts: Tensor, seq_len: int) -> CacheView:

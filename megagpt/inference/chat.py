@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 
 from megagpt.corpus.chat_template import ChatTemplate
 from megagpt.inference.batch import Batch, longest, run
-from megagpt.inference.generate import drawable, positions_needed
+from megagpt.inference.generate import drawable
 from megagpt.inference.sampling import Sampling, sample_key
 from megagpt.inference.text import TextSample
 from megagpt.model import GPT
@@ -26,12 +26,17 @@ class Conversation:
         max_tokens: int,
         seed: int = 0,
         stop: Sequence[str] = (),
+        compile: bool | None = None,
     ) -> None:
-        """An answer ends before the end-of-document token, one of `stop`, or chatml's <|im_end|>."""
+        """compile: whether to compile the step of decoding, at the first answer; None: no.
+
+        An answer ends before the end-of-document token, one of `stop`, or chatml's <|im_end|>."""
         self.messages: list[dict[str, str]] = []
-        self._model, self._tokenizer, self._sampling, self._template = model, tokenizer, sampling, template
+        self._model, self._tokenizer, self._template = model, tokenizer, template
         self._max_tokens, self._seed, self._turn = max_tokens, seed, 0
         self._stop = (*stop, *_END_OF_TURN.get(template.name, ()))
+        allowed = drawable(tokenizer, model)
+        self._batch = Batch(model, sampling, 1, model.config.max_seq_len, allowed=allowed, compile=bool(compile))
 
     def say(self, content: str) -> Iterator[str]:
         """Say something; yield the answer as it comes. Raises UsageError for what is longer than the context."""
@@ -40,15 +45,8 @@ class Conversation:
         most = longest(self._model.config, len(prompt_ids), self._max_tokens, slide=False)
         sample = TextSample(prompt_ids, sample_key(self._seed, self._turn), most, self._tokenizer, self._stop)
         self._turn += 1
-        batch = Batch(
-            self._model,
-            self._sampling,
-            1,
-            positions_needed(self._model, [sample]),
-            allowed=drawable(self._tokenizer, self._model),
-        )
         shown = 0
-        for _ in run(batch, iter([sample])):
+        for _ in run(self._batch, iter([sample])):
             yield sample.text[shown:]
             shown = len(sample.text)
         self.messages += [asked, {"role": "assistant", "content": sample.text}]

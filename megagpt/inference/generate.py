@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from megagpt.inference.batch import Batch, Sample, longest, run
+from megagpt.inference.batch import Batch, Sample, longest, run, worth_compiling
 from megagpt.inference.sampling import Sampling, sample_key
 from megagpt.inference.text import TextSample
 from megagpt.model import GPT
@@ -23,18 +23,20 @@ def generate(
     stop_id: int | None = None,
     allowed: Tensor | None = None,
     slide: bool = False,
+    compile: bool | None = None,
 ) -> Iterator[list[int | None]]:
     """Yield, step by step, the next token of each sample; None for samples that have ended.
 
     A sample ends before `stop_id`, after `max_new_tokens` tokens, or where the model's context is full; with `slide` it
     goes on there, and each token sees the last max_seq_len. `allowed`: (vocab,) bool, the ids that may be drawn; None:
-    all. Sample i depends on seed and i only. `model` should be in eval mode.
+    all. Sample i depends on seed and i only. `model` should be in eval mode. `compile`: whether to compile the step;
+    None: if it is worth it.
     Raises UsageError for an empty prompt, one longer than the context, or learned positions that should slide;
     UserError if the logits are not finite.
     """
     max_tokens = longest(model.config, len(prompt_ids), max_new_tokens, slide)
     samples = [Sample(prompt_ids, sample_key(seed, index), max_tokens, stop_id) for index in range(num_samples)]
-    for step, _ in enumerate(run(_batch(model, samples, sampling, allowed), iter(samples))):
+    for step, _ in enumerate(run(_batch(model, samples, sampling, allowed, compile), iter(samples))):
         if all(len(sample.tokens) <= step for sample in samples):
             return
         yield [sample.tokens[step] if len(sample.tokens) > step else None for sample in samples]
@@ -51,6 +53,7 @@ def generate_text(
     seed: int = 0,
     stop: Sequence[str] = (),
     slide: bool = False,
+    compile: bool | None = None,
 ) -> Iterator[list[str]]:
     """Yield, step by step, the next piece of text of each sample, up to its end-of-document token or a stop string.
 
@@ -63,13 +66,18 @@ def generate_text(
         TextSample(prompt_ids, sample_key(seed, index), max_tokens, tokenizer, stop) for index in range(num_samples)
     ]
     shown = [0] * num_samples
-    for _ in run(_batch(model, samples, sampling, drawable(tokenizer, model)), iter(samples)):
+    batch = _batch(model, samples, sampling, drawable(tokenizer, model), compile)
+    for _ in run(batch, iter(samples)):
         yield [sample.text[start:] for sample, start in zip(samples, shown, strict=True)]
         shown = [len(sample.text) for sample in samples]
 
 
-def _batch(model: GPT, samples: Sequence[Sample], sampling: Sampling, allowed: Tensor | None) -> Batch:
-    return Batch(model, sampling, len(samples), positions_needed(model, samples), allowed=allowed)
+def _batch(
+    model: GPT, samples: Sequence[Sample], sampling: Sampling, allowed: Tensor | None, compile: bool | None
+) -> Batch:
+    rows = len(samples)
+    compile = worth_compiling(samples, rows) if compile is None else compile
+    return Batch(model, sampling, rows, positions_needed(model, samples), allowed=allowed, compile=compile)
 
 
 def positions_needed(model: GPT, samples: Sequence[Sample]) -> int:

@@ -17,7 +17,7 @@ from typing import IO, Any, NamedTuple
 
 from megagpt.data.atomic import replace_file
 from megagpt.errors import UsageError, UserError
-from megagpt.inference.batch import Batch, longest, run
+from megagpt.inference.batch import Batch, longest, run, worth_compiling
 from megagpt.inference.generate import drawable, encode_prompt, positions_needed
 from megagpt.inference.sampling import Sampling, sample_key
 from megagpt.inference.text import TextSample
@@ -183,11 +183,13 @@ def sample_prompts(
     stop: Sequence[str] = (),
     slide: bool = False,
     logprobs: bool = False,
+    compile: bool | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Yield the lines of samples as they end, `batch_size` at a time running.
 
-    A sample depends on seed, its prompt's id and text, and its number, not on what it runs beside. Raises UsageError
-    for a prompt that does not fit the model, before any work.
+    A sample depends on seed, its prompt's id and text, and its number, not on what it runs beside. `compile`:
+    whether to compile the step; None: if it is worth it. Raises UsageError for a prompt that does not fit the model,
+    before any work.
     """
     waiting: dict[TextSample, tuple[Prompt, int]] = {}
     for prompt, number in todo:
@@ -200,7 +202,14 @@ def sample_prompts(
     if not waiting:
         return
     rows = min(batch_size, len(waiting))
-    batch = Batch(model, sampling, rows, positions_needed(model, list(waiting)), allowed=drawable(tokenizer, model))
+    batch = Batch(
+        model,
+        sampling,
+        rows,
+        positions_needed(model, list(waiting)),
+        allowed=drawable(tokenizer, model),
+        compile=worth_compiling(list(waiting), rows) if compile is None else compile,
+    )
     for running in run(batch, iter(list(waiting))):
         for sample in running:
             if sample.ended:

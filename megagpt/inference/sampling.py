@@ -67,48 +67,60 @@ class Sampling:
         return logits
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Logits (batch, vocab) -> the distribution (batch, vocab) fp64 that is drawn from."""
-        logits = logits.double()
+        """Logits (batch, vocab) after the penalties -> the distribution (batch, vocab) fp64 that is drawn from."""
         if self.temperature == 0:
             return torch.nn.functional.one_hot(logits.argmax(dim=-1), logits.shape[-1]).double()
+        probabilities, ids = self.candidates(logits)
+        return probabilities if ids is None else torch.zeros_like(logits.double()).scatter(-1, ids, probabilities)
+
+    def candidates(self, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same as n candidates a row, at a temperature above 0: (probabilities, ids), both (batch, n).
+
+        ids is None where all tokens are candidates, in their order.
+        """
+        ids = None
+        if self.top_k is not None:
+            logits, ids = logits.topk(min(self.top_k, logits.shape[-1]), dim=-1)
+        elif self.top_p is not None:
+            logits, ids = logits.sort(dim=-1, descending=True, stable=True)
+        logits = logits.double()
         # The largest logit becomes 0 first, so that no temperature is too small.
         probabilities = ((logits - logits.amax(dim=-1, keepdim=True)) / self.temperature).softmax(dim=-1)
-        if self.top_k is not None or self.top_p is not None:
-            if self.top_k is None:
-                ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-            else:
-                ordered, order = probabilities.topk(min(self.top_k, probabilities.shape[-1]), dim=-1)
-                ordered /= ordered.sum(dim=-1, keepdim=True)
-            if self.top_p is not None:
-                before = ordered.cumsum(dim=-1) - ordered
-                ordered[before >= self.top_p] = 0
-            probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
+        if self.top_p is not None:
+            before = probabilities.cumsum(dim=-1) - probabilities
+            probabilities = probabilities.masked_fill(before >= self.top_p, 0)
         if self.min_p is not None:
             least = self.min_p * probabilities.amax(dim=-1, keepdim=True)
             probabilities = probabilities.masked_fill(probabilities < least, 0)
-        return probabilities / probabilities.sum(dim=-1, keepdim=True)
+        return probabilities / probabilities.sum(dim=-1, keepdim=True), ids
 
 
 def choose(sampling: Sampling, logits: Tensor, keys: Tensor, steps: Tensor) -> Tensor:
     """The next token of each row, (batch,) int64, of logits (batch, vocab) after penalties; the rest: see draw."""
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    return draw(sampling.probabilities(logits), keys, steps)
+    return draw(*sampling.candidates(logits), keys, steps)
 
 
-def draw(probabilities: Tensor, keys: Tensor, steps: Tensor) -> Tensor:
-    """One token a row: probabilities (batch, vocab) fp64, keys and steps (batch,) int64 -> (batch,) int64.
+def draw(probabilities: Tensor, ids: Tensor | None, keys: Tensor, steps: Tensor) -> Tensor:
+    """One token a row: probabilities and ids, see Sampling.candidates; keys and steps (batch,) int64 -> (batch,) int64.
 
     keys: see sample_key; steps: how many tokens the row's sample has already drawn.
     """
-    return (probabilities / exponentials(keys, steps, probabilities.shape[-1])).argmax(dim=-1)
+    if ids is None:
+        tokens = torch.arange(probabilities.shape[-1], device=probabilities.device)
+        return (probabilities / exponentials(keys, steps, tokens)).argmax(dim=-1)
+    winner = (probabilities / exponentials(keys, steps, ids)).argmax(dim=-1, keepdim=True)
+    return ids.gather(1, winner).squeeze(1)
 
 
-def exponentials(keys: Tensor, steps: Tensor, vocab_size: int) -> Tensor:
-    """Random times (batch, vocab) fp64 of an exponential distribution, a hash of key, step and token."""
+def exponentials(keys: Tensor, steps: Tensor, tokens: Tensor) -> Tensor:
+    """Random times of an exponential distribution, hashes of key, step and token.
+
+    keys, steps: (batch,); tokens: (n,) or (batch, n); all int64 -> (batch, n) fp64.
+    """
     rows = _mixed(keys + steps * _GOLDEN)
-    tokens = torch.arange(vocab_size, device=keys.device) * _GOLDEN
-    bits = _shifted(_mixed(rows[:, None] + tokens), 11)
+    bits = _shifted(_mixed(rows[:, None] + tokens * _GOLDEN), 11)
     return bits.double().add_(0.5).mul_(2.0**-53).log_().neg_()
 
 

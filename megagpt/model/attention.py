@@ -115,6 +115,8 @@ class Attention(nn.Module):
             return self.flex_kernel(
                 query, key, value, block_mask=mask.block_mask(), enable_gqa=grouped, kernel_options=options
             )
+        if query.shape[2] == 1 and torch.compiler.is_compiling():
+            return _attend_at_one(query, key, value, mask)
         if grouped and query.shape[2] == 1:
             # The heads of a group become its queries: one position sees all that it may, so they need no order.
             batch, heads, _, head_dim = query.shape
@@ -135,6 +137,17 @@ class Attention(nn.Module):
             is_causal=mask is None and query.shape[2] > 1,
             enable_gqa=grouped,
         )
+
+
+def _attend_at_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """The same of one position, as sums that a compiler fuses: the kernels of SDPA are made for many queries."""
+    batch, heads, _, head_dim = query.shape
+    groups = query.view(batch, key.shape[1], -1, 1, head_dim).float() * head_dim**-0.5
+    scores = (groups * key.unsqueeze(2).float()).sum(-1)  # (batch, kv_heads, heads of a group, keys)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    attended = (scores.softmax(-1).unsqueeze(-1) * value.unsqueeze(2).float()).sum(-2)
+    return attended.to(query.dtype).view(batch, heads, 1, head_dim)
 
 
 def attention_mask(seq_len: int, document_ids: Tensor | None, device: torch.device) -> Tensor | None:

@@ -6,7 +6,7 @@ weights, so the state dict holds them once. Rows that pad the vocabulary have no
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -79,6 +79,7 @@ class GPT(nn.Module):
         self.config = config
         self.activation_checkpointing = activation_checkpointing
         self.loss_kernels = EAGER_KERNELS
+        self.output_kernel: Callable[[Tensor, Tensor], Tensor] = F.linear
         self.flex_attention = False
         self.embedding = Embedding(config.padded_vocab_size, config.hidden_size)
         if config.position == "learned":
@@ -131,7 +132,7 @@ class GPT(nn.Module):
         # The weight is read outside its module's own forward, as an attribute, which is where ZeRO-3 gathers it.
         weight = self.embedding.weight if self.config.tie_embeddings else self.head.weight
         if targets is None:
-            return F.linear(hidden_states, weight)[..., : self.config.vocab_size]
+            return self.output_kernel(hidden_states, weight)[..., : self.config.vocab_size]
         return linear_cross_entropy(
             hidden_states.flatten(0, 1), weight, targets.flatten(), self.loss_kernels, self.config.vocab_size
         )

@@ -42,7 +42,7 @@ def test_draws_have_the_exact_distribution(by):
     probabilities = Sampling(temperature=1.3).probabilities(LOGITS[None])
     numbers, same = torch.arange(n), torch.full((n,), sample_key("a seed"))
     keys, steps = (numbers, same * 0) if by == "key" else (same, numbers)
-    counts = draw(probabilities.expand(n, -1), keys, steps).bincount(minlength=8)
+    counts = draw(probabilities.expand(n, -1), None, keys, steps).bincount(minlength=8)
     assert counts[7] == 0, "impossible"
     likely = [0, 1, 2, 3, 5, 6]
     expected = torch.tensor(reference(LOGITS.tolist(), 1.3, None, None), dtype=torch.float64)[likely]
@@ -50,7 +50,7 @@ def test_draws_have_the_exact_distribution(by):
 
 
 def test_random_times_are_exponential_and_no_two_rows_or_tokens_go_together():
-    times = exponentials(torch.arange(200), torch.arange(200) % 7, 300)
+    times = exponentials(torch.arange(200), torch.arange(200) % 7, torch.arange(300))
     assert kstest(times.flatten().numpy(), "expon").pvalue > 1e-3
     uniform = (-times).exp()
     for table in (uniform, uniform.T):
@@ -63,7 +63,7 @@ def test_rounding_errors_of_the_logits_change_almost_no_draw():
     logits = torch.randn(1000, generator=torch.Generator().manual_seed(0)).expand(20_000, -1).double()
     errors = 1e-5 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     keys = torch.arange(20_000)
-    chosen = [draw(values.softmax(-1), keys, keys) for values in (logits, logits + errors)]
+    chosen = [draw(values.softmax(-1), None, keys, keys) for values in (logits, logits + errors)]
     assert (chosen[0] != chosen[1]).sum() <= 3, "0.4 are expected"
 
 
@@ -136,7 +136,7 @@ def test_the_frequency_penalty_counts():
 @given(hnp.arrays("float32", (4, 9), elements=VALUES), st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**40))
 def test_only_possible_tokens_are_drawn(logits, key, step):
     probabilities = Sampling(top_p=0.9).probabilities(torch.from_numpy(logits))
-    tokens = draw(probabilities, torch.full((4,), key), torch.full((4,), step))
+    tokens = draw(probabilities, None, torch.full((4,), key), torch.full((4,), step))
     assert (probabilities.gather(1, tokens[:, None]) > 0).all()
 
 

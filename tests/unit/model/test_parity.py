@@ -134,7 +134,7 @@ def test_cached_decoding_gives_the_logits_of_transformers(pair, lengths):
     cache = KVCache.empty(model.config, batch=2, max_len=40, device=torch.device("cpu"), dtype=torch.float32)
     positions = torch.arange(40).expand(2, -1).split(lengths, dim=1)
     pieces = [
-        model(piece, cache=cache.at(where, limit=40))
+        model(piece, cache=cache.at(where, cache.columns(40)))
         for piece, where in zip(ids.split(lengths, dim=1), positions, strict=True)
     ]
     torch.testing.assert_close(torch.cat(pieces, dim=1), hf(ids).logits, atol=1e-5, rtol=0)
