@@ -1,10 +1,12 @@
 #!/bin/bash
-# Samples from a trained model on one GPU.
+# Samples from a trained model: one prompt on one GPU, or a file of prompts (--prompts) on all GPUs of the job.
 #
 #   sbatch slurm/generate.sh runs/small --prompt "Once upon a time" --samples 8
+#   sbatch --nodes 2 --gpus-per-node=8 slurm/generate.sh runs/small --prompts prompts.jsonl --output samples.jsonl
 #   sbatch --gpus-per-node=0 slurm/generate.sh runs/small --prompt "Once upon a time"       on CPUs
 #
-# Arguments are those of python -m tools.generate. The text is in the job's output.
+# Arguments are those of python -m tools.generate. The text is in the job's output. A job with --prompts that was
+# stopped goes on when it is submitted again.
 # What your site needs (account, partition, modules, containers, network) goes into slurm/site.sh.
 #SBATCH --job-name=generate
 #SBATCH --nodes=1
@@ -19,4 +21,7 @@ until [ -e slurm/common.sh ]; do
 done
 source slurm/common.sh
 
-on_one python -m tools.generate "$@"
+case " $* " in
+    *" --prompts"[\ =]*) on_all python -m tools.generate "$@" ;;
+    *) on_one python -m tools.generate "$@" ;;
+esac

@@ -11,12 +11,18 @@ from rich.console import Console
 
 from launch.environment import discover
 from launch.process import joined
+from megagpt.benchmark.corpus import PARTS, Benchmark
+from megagpt.benchmark.generate import GenerateBenchmark
 from megagpt.config import load_config
 from megagpt.errors import UsageError
-from megagpt.scaling.corpus_benchmark import PARTS, Benchmark
+from megagpt.inference.loading import resolve_device
+from megagpt.inference.sampling import Sampling
 from tools.command import run_command
+from tools.generate import DTYPES, Device, Precision
 
 PROGRAM = "python -m tools.benchmark"
+
+DEFAULT_MODELS = ("configs/small.yaml", "configs/gpt2_124m.yaml")
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
 
@@ -45,7 +51,7 @@ def train(
     run_config = load_config(config, overrides or [])
     console = Console(highlight=False, soft_wrap=True)
     with joined(discover(), run_config.train) as (_, device):
-        from megagpt.scaling.train_benchmark import compare_with_plain_loop
+        from megagpt.benchmark.train import compare_with_plain_loop
 
         result = compare_with_plain_loop(run_config, steps, device, console.print)
     seconds, rates, speedup = result["step_seconds"], result["tokens_per_second"], result["speedup"]
@@ -95,6 +101,53 @@ def corpus(
             report=console.print,
         )
         _write(benchmark.run(chosen), output)
+
+
+@app.command()
+def generate(
+    configs: Annotated[
+        list[str] | None, typer.Argument(metavar="[CONFIG]...", help="Of runs; their models, with random weights.")
+    ] = None,
+    rows: Annotated[str, typer.Option(help="Batch sizes, separated by commas.")] = "1,8",
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Length of each prompt.")] = 16,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Drawn after it.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0: the likeliest token.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Choose among the k likeliest tokens.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns that count, after one that does not.")] = 5,
+    dtype: Annotated[Precision, typer.Option(help="Of the weights.")] = Precision.bf16,
+    device: Annotated[Device, typer.Option(help="auto: cuda if there is a GPU.")] = Device.auto,
+    transformers: Annotated[bool, typer.Option("--transformers/--no-transformers", help="Compare with it.")] = True,
+    nanogpt: Annotated[
+        Path | None, typer.Option(help="The model.py of a checkout of nanoGPT, to compare with.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file too.")] = None,
+) -> None:
+    """Sampling, side by side with transformers' generate and nanoGPT's sampler, as a share of memory's speed.
+
+    [default: configs/small.yaml and configs/gpt2_124m.yaml]
+
+    Example: python -m tools.benchmark generate configs/small.yaml --rows 1,8 --nanogpt ../nanoGPT/model.py
+    """
+    models = {Path(file).stem: load_config(file).model for file in configs or DEFAULT_MODELS}
+    console = Console(highlight=False, soft_wrap=True)
+    benchmark = GenerateBenchmark(
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        sampling=Sampling(temperature, top_k),
+        repeats=repeats,
+        dtype=DTYPES[dtype],
+        device=resolve_device(device.value),
+        transformers=transformers,
+        nanogpt=nanogpt,
+        report=console.print,
+    )
+    _write(benchmark.run(models, _sizes(rows)), output)
+
+
+def _sizes(text: str) -> list[int]:
+    if not all(part.strip().isdecimal() and int(part) for part in text.split(",")):
+        raise UsageError(f"--rows {text}: give whole numbers above 0, separated by commas")
+    return [int(part) for part in text.split(",")]
 
 
 def _write(result: dict[str, Any], output: Path | None) -> None:

@@ -43,7 +43,7 @@ class Precision(str, Enum):
     fp32 = "fp32"
 
 
-_DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
+DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
 
 
 _TEXT, _PROMPTS, _CHAT, _SCORE, _SCORE_PROMPTS = "one prompt", "--prompts", "--chat", "--score", "--score --prompts"
@@ -158,7 +158,7 @@ def generate_command(
     loaded = load_model(
         run,
         _device(device, place),
-        _DTYPES[dtype] if dtype else None,
+        DTYPES[dtype] if dtype else None,
         step=checkpoint,
         tokenizer=tokenizer,
         vocab_dir=vocab_dir,

@@ -65,14 +65,9 @@ def expressed(model: ModelConfig, weights: Weights) -> tuple[ModelConfig, Weight
     return model, weights
 
 
-def write_file(path: Path, model: ModelConfig, weights: Weights, report: Report) -> None:
-    """nanoGPT's file of a model that was `expressed`; holds all of its weights in memory, as the file is one."""
-    tensors: dict[str, torch.Tensor] = {}
-    for name, weight in to_foreign(_entries(model), model, weights).items():
-        tensors[name] = weight.read()
-        report(weight.nbytes)
-    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
-    arguments = {
+def arguments_of(model: ModelConfig) -> dict[str, Any]:
+    """Of nanoGPT's GPTConfig, for a model that was `expressed`."""
+    return {
         "n_layer": model.num_layers,
         "n_head": model.num_attention_heads,
         "n_embd": model.hidden_size,
@@ -81,8 +76,22 @@ def write_file(path: Path, model: ModelConfig, weights: Weights, report: Report)
         "vocab_size": model.vocab_size,
         "dropout": model.dropout,
     }
+
+
+def foreign_weights(model: ModelConfig, weights: Weights) -> dict[str, Weight]:
+    """Our weights (of a model that was `expressed`) by nanoGPT's names."""
+    return to_foreign(_entries(model), model, weights)
+
+
+def write_file(path: Path, model: ModelConfig, weights: Weights, report: Report) -> None:
+    """nanoGPT's file of a model that was `expressed`; holds all of its weights in memory, as the file is one."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, weight in foreign_weights(model, weights).items():
+        tensors[name] = weight.read()
+        report(weight.nbytes)
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"]
     try:
-        torch.save({"model": tensors, "model_args": arguments}, path)
+        torch.save({"model": tensors, "model_args": arguments_of(model)}, path)
     except RuntimeError as error:  # what torch makes of a full disk
         raise OSError(str(error).splitlines()[0]) from error
     fsync_path(path)

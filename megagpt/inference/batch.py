@@ -8,6 +8,7 @@ count from the prompt's own beginning, so that no padding is ever seen.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from types import FunctionType, MethodType
 from typing import NamedTuple
 
 import torch
@@ -91,7 +92,7 @@ class Batch:
             self._counts = torch.zeros(size, vocab_size, dtype=torch.int32, device=self._device)
         self._lengths = [0] * size  # the positions again, known without asking the device; 0: no sample
         self._decoder = decoder_of(model, size) if compile else model
-        run: Callable[[Tensor], Tensor] = _Compiled(self._step) if compile else self._step
+        run: Callable[[Tensor], Tensor] = _Compiled(self) if compile else self._step
         self._run = _Graphs(run) if self._device.type == "cuda" else run
 
     @torch.no_grad()
@@ -169,8 +170,10 @@ class Batch:
 class _Compiled:
     """A step, compiled once for any number of columns."""
 
-    def __init__(self, step: Callable[[Tensor], Tensor]) -> None:
-        self._step = torch.compile(step, fullgraph=True, options=INDUCTOR_OPTIONS)
+    def __init__(self, batch: Batch) -> None:
+        # With a code object of its own, as torch keeps what it compiled by code object, and eight versions at most.
+        function = FunctionType(Batch._step.__code__.replace(), Batch._step.__globals__)
+        self._step = torch.compile(MethodType(function, batch), fullgraph=True, options=INDUCTOR_OPTIONS)
         self._seen: set[int] = set()
 
     def __call__(self, columns: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Keys and values of the positions seen so far, so that decoding computes each position once.
 
-Memory is taken once: per layer two tensors (batch, kv_heads, max_len, head_dim), in which every row has its own
+Memory is taken once: per layer two tensors (batch, kv_heads, max_len + 1, head_dim), in which every row has its own
 length. Grouped-query models keep their few key-value heads only. Position p of a row lies in column p modulo max_len:
 a row that goes on beyond max_len writes over its oldest position and sees the last max_len ones. Keys and values
 take the cache's dtype, which under autocast may be another.
@@ -64,7 +64,7 @@ class KVCache:
         self.layers = layers
         keys, _ = layers[0]
         self._rows = torch.arange(keys.shape[0], device=keys.device).unsqueeze(1)
-        self._columns = torch.arange(keys.shape[2], device=keys.device)
+        self._columns = torch.arange(keys.shape[2] - 1, device=keys.device)
         self._first_columns: dict[int, Tensor] = {}
 
     @classmethod
@@ -72,7 +72,8 @@ class KVCache:
         cls, config: ModelConfig, batch: int, max_len: int, device: torch.device, dtype: torch.dtype
     ) -> "KVCache":
         """Room for `max_len` positions of `batch` sequences."""
-        shape = (batch, config.kv_heads, max_len, config.head_dim)
+        # A column more than is ever looked at: to look at all would be another case for a compiler.
+        shape = (batch, config.kv_heads, max_len + 1, config.head_dim)
         # Zeros, as what is masked is multiplied by 0, which would not hide a NaN.
         return cls([tuple(torch.zeros(2, *shape, device=device, dtype=dtype)) for _ in range(config.num_layers)])
 

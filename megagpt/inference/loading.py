@@ -40,7 +40,7 @@ def load_model(
     """
     from megagpt.convert.source import open_source, tokenizer_of  # training imports this package, convert that one
 
-    device = _resolve(device)
+    device = resolve_device(device)
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     source = open_source(Path(path), step)
     config = None
@@ -68,7 +68,8 @@ def load_model(
     return LoadedModel(model.eval(), found, config)
 
 
-def _resolve(device: str | torch.device) -> torch.device:
+def resolve_device(device: str | torch.device) -> torch.device:
+    """A device by its name; "auto" is cuda if torch sees a GPU, else cpu. Raises UserError for a missing GPU."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(device)

@@ -17,6 +17,9 @@ from megagpt.model import GPT
 from megagpt.model.loss import IGNORE_INDEX
 from megagpt.tokenizer import Tokenizer, token_byte_lengths
 
+_BATCH_TOKENS = 8192
+"""Of the windows that the model reads at a time."""
+
 
 @dataclass(frozen=True)
 class Score:
@@ -64,11 +67,15 @@ def score(model: GPT, ids: Sequence[int], byte_lengths: npt.NDArray[np.int64], *
     if len(ids) < 2:
         raise UsageError(f"the text has {len(ids)} tokens; it takes 2 to predict one from the other")
     tokens = torch.tensor(ids, device=model.embedding.weight.device)
-    total = 0.0
-    for begin, first, end in _windows(len(ids), context, stride):
-        targets = tokens[begin + 1 : end + 1].clone()
-        targets[: first - begin - 1] = IGNORE_INDEX
-        total += model(tokens[None, begin:end], targets[None]).item()
+    windows, total = list(_windows(len(ids), context, stride)), 0.0
+    # All are of one length: what does not fit a single window is at least as long as the context.
+    size = max(1, _BATCH_TOKENS // context)
+    for group in (windows[i : i + size] for i in range(0, len(windows), size)):
+        inputs = torch.stack([tokens[begin:end] for begin, _, end in group])
+        targets = torch.stack([tokens[begin + 1 : end + 1] for begin, _, end in group])
+        for row, (begin, first, _) in zip(targets, group, strict=True):
+            row[: first - begin - 1] = IGNORE_INDEX
+        total += model(inputs, targets).item()
     return Score(len(ids) - 1, int(byte_lengths[list(ids[1:])].sum()), total / (len(ids) - 1))
 
 

@@ -61,6 +61,22 @@ def test_generate_samples_from_a_run(trained: Run, cluster: Cluster, tmp_path: P
     assert alone.stdout.strip() in cluster.output(job)
 
 
+def test_generate_shares_a_file_of_prompts_among_the_nodes(trained: Run, cluster: Cluster, tmp_path: Path):
+    prompts, output = tmp_path / "prompts.jsonl", tmp_path / "samples.jsonl"
+    prompts.write_text("".join(json.dumps({"id": number, "prompt": "the"}) + "\n" for number in range(5)))
+    job = cluster.sbatch(
+        SCRIPTS / "generate.sh",
+        *[trained.run_dir, "--prompts", prompts, "--output", output, "--max-tokens", "5"],
+        options=["--nodes=2", "--gpus-per-node=0", f"--output={tmp_path}/job.out"],
+        cwd=ROOT,
+    )
+    cluster.wait(job, "COMPLETED", timeout=120)
+    assert [json.loads(line)["id"] for line in output.read_text().splitlines()] == [0, 1, 2, 3, 4]
+    said = cluster.output(job)
+    assert "3 of 5 lines were to do here" in said
+    assert "2 of 5 lines were to do here" in said
+
+
 def test_convert_writes_what_transformers_reads(trained: Run, cluster: Cluster, tmp_path: Path):
     export = tmp_path / "export"
     options = [*CPUS, f"--output={tmp_path}/job.out"]

@@ -9,7 +9,7 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 
 from megagpt.config import ModelConfig
 from megagpt.errors import UsageError
-from megagpt.inference.batch import Batch, Sample, longest, run
+from megagpt.inference.batch import Batch, Sample, longest, run, worth_compiling
 from megagpt.inference.generate import generate
 from megagpt.inference.sampling import Sampling, sample_key
 from tests.unit.model.configs import FAMILIES, build, tokens
@@ -154,3 +154,46 @@ def test_beyond_the_context_each_token_sees_the_last_positions(family):
 def test_learned_positions_do_not_slide():
     with pytest.raises(UsageError, match="has learned 40 positions and knows no others"):
         longest(FAMILIES["gpt2"], 3, 10, slide=True)
+
+
+@pytest.mark.parametrize(("family", "rows"), [("sinusoidal", 1), ("llama", 3)])
+@torch.no_grad()
+def test_a_compiled_step_draws_what_the_plain_one_draws(family, rows):
+    """Ragged prompts, rows refilled, two numbers of columns, positions beyond the cache; two batches in turns."""
+    config = FAMILIES[family].model_copy(update={"num_layers": 1})
+    model = build(config)
+    samplings = [Sampling(temperature=0), Sampling(temperature=0.9, top_k=7, repetition_penalty=1.2)]
+    prompts = prompts_of(config)
+    expected = [drawn(model, prompts, sampling, rows=rows, max_tokens=70, max_len=80) for sampling in samplings]
+    batches = [Batch(model, sampling, rows, 80, compile=True) for sampling in samplings]
+    found = [[Sample(prompt, sample_key(0, i), 70) for i, prompt in enumerate(prompts)] for _ in samplings]
+    runs = [run(batch, iter(samples)) for batch, samples in zip(batches, found, strict=True)]
+    for _ in zip(*runs, strict=True):
+        pass
+    for with_compile, without in zip(found, expected, strict=True):
+        assert [sample.tokens for sample in with_compile] == [sample.tokens for sample in without]
+        for one, other in zip(with_compile, without, strict=True):
+            assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
+
+
+@torch._dynamo.config.patch(recompile_limit=1)
+@torch.no_grad()
+def test_a_process_may_compile_any_number_of_batches():
+    model = build(FAMILIES["gpt2"].model_copy(update={"num_layers": 1}))
+    results = set()
+    for _ in range(3):
+        sample = Sample([1, 2], 0, 2)
+        for _ in run(Batch(model, Sampling(temperature=0), 1, 8, compile=True), iter([sample])):
+            pass
+        results.add(tuple(sample.tokens))
+    assert len(results) == 1
+
+
+def test_compiling_is_worth_it_for_many_steps_only():
+    def worth(samples, max_tokens, rows):
+        return worth_compiling([Sample([1], index, max_tokens) for index in range(samples)], rows)
+
+    assert not worth(1, 200, 1)
+    assert not worth(100, 200, 16)
+    assert worth(1000, 200, 16)
+    assert worth(1, 100_000, 1)

@@ -37,7 +37,7 @@ _SECONDS_BETWEEN_SAMPLES = 0.2
 _BATCH = 1000  # documents that the plain loop holds
 _RAW: Result = {"clean": {"enabled": False}, "tokenizer": "gpt2"}
 _EXACT_AND_NEAR: Result = {**_RAW, "dedup": {"method": "minhash"}}
-_RUN = "from megagpt.scaling import corpus_benchmark; corpus_benchmark.{}()"
+_RUN = "from megagpt.benchmark import corpus; corpus.{}()"
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-import megagpt.scaling.corpus_benchmark as module
+import megagpt.benchmark.corpus as module
+from megagpt.benchmark.corpus import Benchmark
 from megagpt.errors import UserError
-from megagpt.scaling.corpus_benchmark import Benchmark
 
 CHECKOUT = Path(__file__).parents[3]
 

@@ -1,0 +1,181 @@
+"""How fast a model samples, side by side with transformers and nanoGPT: the same random weights, prompts and length.
+
+Timed are whole calls with prompts of equal lengths, without loading and compiling. A step must read all weights that it
+multiplies by, so bytes of weights x steps a second over the measured bandwidth of memory is the share of the possible
+that is reached at batch 1, and about that at small batches.
+"""
+
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megagpt.benchmark.turns import machine, ratio, read_bandwidth, take_turns
+from megagpt.config.schema import ModelConfig
+from megagpt.convert import huggingface, nanogpt
+from megagpt.errors import UserError
+from megagpt.inference.batch import Batch, Sample, run
+from megagpt.inference.sampling import Sampling, sample_key
+from megagpt.model import GPT
+from megagpt.model.init import initialize_weights
+from megagpt.training.weights import Weight, Weights
+
+PEERS = ("transformers", "nanogpt")
+
+
+@dataclass(frozen=True)
+class GenerateBenchmark:
+    """What is measured for each model and number of rows."""
+
+    prompt_tokens: int
+    new_tokens: int
+    sampling: Sampling
+    """Temperature and top_k only, which all contenders have."""
+    repeats: int
+    dtype: torch.dtype
+    device: torch.device
+    transformers: bool
+    """Whether to compare with it."""
+    nanogpt: Path | None
+    """Its model.py, to compare with it; it runs in fp32 without a cache, as its sampler does on a CPU."""
+    report: Callable[[str], None]
+    """Is given a line about each result."""
+
+    def run(self, models: dict[str, ModelConfig], rows: list[int]) -> dict[str, Any]:
+        """Results by model and number of rows; JSON types."""
+        bandwidth = read_bandwidth(self.device)
+        self.report(f"memory is read at {bandwidth / 1e9:.1f} GB/s")
+        results = [self._measure(name, config, size, bandwidth) for name, config in models.items() for size in rows]
+        return {
+            "machine": machine(self.device, *["transformers"] * self.transformers),
+            "read_bytes_per_second": bandwidth,
+            "prompt_tokens": self.prompt_tokens,
+            "new_tokens": self.new_tokens,
+            "temperature": self.sampling.temperature,
+            "top_k": self.sampling.top_k,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "results": results,
+        }
+
+    def _measure(self, name: str, config: ModelConfig, rows: int, bandwidth: float) -> dict[str, Any]:
+        config = config.without_padding()
+        model = GPT(config)
+        initialize_weights(model, 0)
+        weights = {name: _held(value.clone()) for name, value in model.state_dict().items()}
+        model = model.to(self.device, self.dtype).eval()
+        prompts = torch.randint(
+            config.vocab_size, (rows, self.prompt_tokens), generator=torch.Generator().manual_seed(0)
+        )
+        contenders: dict[str, Callable[[], object]] = {
+            "megagpt": self._ours(model, prompts, compile=True),
+            "uncompiled": self._ours(model, prompts, compile=False),
+        }
+        if self.transformers:
+            contenders["transformers"] = self._transformers(config, weights, prompts)
+        if self.nanogpt:
+            contenders["nanogpt"] = self._nanogpt(self.nanogpt, config, weights, prompts)
+        started = time.perf_counter()
+        contenders["megagpt"]()
+        compile_seconds = time.perf_counter() - started
+        take_turns(contenders, 1)
+        seconds = take_turns(contenders, self.repeats)
+        tokens = rows * self.new_tokens
+        rates = {who: tokens / statistics.median(times) for who, times in seconds.items()}
+        share = _bytes_read(model) * rates["megagpt"] / rows / bandwidth
+        times = {who: ratio(theirs, seconds["megagpt"]) for who, theirs in seconds.items() if who != "megagpt"}
+        self.report(
+            f"{name}, batch {rows}: "
+            + ", ".join(f"{who} {rate:,.0f}" for who, rate in rates.items())
+            + " new tokens/s; megagpt is "
+            + ", ".join(f"{value['median']:.2f} x {who}" for who, value in times.items())
+            + f"; {share:.0%} of memory's speed; first call {compile_seconds:.0f} s"
+        )
+        return {
+            "model": name,
+            "rows": rows,
+            "tokens_per_second": rates,
+            "speedup_over": times,
+            "share_of_bandwidth": share,
+            "first_call_seconds": compile_seconds,
+        }
+
+    def _ours(self, model: GPT, prompts: Tensor, compile: bool) -> Callable[[], object]:
+        batch = Batch(model, self.sampling, len(prompts), self.prompt_tokens + self.new_tokens - 1, compile=compile)
+
+        def draw() -> None:
+            samples = [Sample(ids, sample_key(0, row), self.new_tokens) for row, ids in enumerate(prompts.tolist())]
+            for _ in run(batch, iter(samples)):
+                pass
+
+        return draw
+
+    def _transformers(self, config: ModelConfig, weights: Weights, prompts: Tensor) -> Callable[[], object]:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config, weights = huggingface.expressed(config, weights)
+        values = huggingface.config_of(config, self.dtype, {})
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
+        _load(theirs, huggingface.foreign_weights(config, weights))
+        theirs = theirs.to(self.device, self.dtype).eval()
+        ids = prompts.to(self.device)
+        options: dict[str, Any] = {"do_sample": False}
+        if self.sampling.temperature:
+            options = {
+                "do_sample": True,
+                "temperature": self.sampling.temperature,
+                "top_k": self.sampling.top_k or config.vocab_size,
+            }
+        options |= {"min_new_tokens": self.new_tokens, "max_new_tokens": self.new_tokens, "pad_token_id": 0}
+        mask = torch.ones_like(ids)
+        return lambda: theirs.generate(ids, attention_mask=mask, **options).tolist()
+
+    def _nanogpt(self, path: Path, config: ModelConfig, weights: Weights, prompts: Tensor) -> Callable[[], object]:
+        module = _imported(path)
+        config, weights = nanogpt.expressed(config, weights)
+        theirs = module.GPT(module.GPTConfig(**nanogpt.arguments_of(config)))
+        _load(theirs, nanogpt.foreign_weights(config, weights))
+        theirs = theirs.to(self.device).eval()
+        greedy = self.sampling.temperature == 0
+        temperature, top_k = (1.0, 1) if greedy else (self.sampling.temperature, self.sampling.top_k)
+        ids = prompts.to(self.device)
+        return lambda: theirs.generate(ids, self.new_tokens, temperature=temperature, top_k=top_k).tolist()
+
+
+def _bytes_read(model: GPT) -> int:
+    """Of weights in a step: all but the tables of which a row is looked up."""
+    looked_up = () if model.config.tie_embeddings else ("embedding.weight",)
+    skipped = ("position_embedding.weight", *looked_up)
+    return sum(value.nbytes for name, value in model.named_parameters() if name not in skipped)
+
+
+def _held(value: Tensor) -> Weight:
+    return Weight(tuple(value.shape), value.dtype, lambda: value)
+
+
+def _load(model: torch.nn.Module, weights: Weights) -> None:
+    """Their second name of a tied weight may be missing, no other."""
+    state = {name: weight.read() for name, weight in weights.items()}
+    found = model.load_state_dict(state, strict=False)
+    assert not found.unexpected_keys, found
+    assert set(found.missing_keys) <= {"lm_head.weight"}, found
+
+
+def _imported(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    try:
+        assert spec
+        assert spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give the model.py of a checkout of nanoGPT") from None
+    if not hasattr(module, "GPTConfig"):
+        raise UserError(f"{path}: has no GPTConfig; give the model.py of a checkout of nanoGPT")
+    return module
