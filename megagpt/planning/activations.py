@@ -55,11 +55,13 @@ def activations(model: ModelConfig, layout: Layout, kernels: Kernels = "cuda") -
     tokens, size, hidden = layout.micro_batch * layout.seq_len, element_bytes(layout), model.hidden_size
     stream = tokens * hidden * (_FP32 if layout.zero_stage == 0 else size)
     compiled = layout.compile and layout.zero_stage < 3
-    norm, last_norm = (_norm(model, layout, kernels, fused) for fused in (compiled, False))
+    norms = 2 * _norm(model, layout, kernels, compiled)
+    if compiled:  # keeps the 16-bit output of attention, and adds it to the block's input anew
+        norms -= stream - size * tokens * hidden
     attention, feedforward = _attention(model, tokens, size), _feedforward(model, layout, compiled)
     blocks, checkpointed = model.num_layers, layout.checkpointing == "full"
     alive = 1 if checkpointed else blocks
-    block = 2 * norm + attention + feedforward
+    block = norms + attention + feedforward
     masks = tokens * hidden if model.dropout else 0
     head = model.padded_vocab_size * hidden
     chunk = min(chunk_tokens_of(model.padded_vocab_size, kernels), tokens) * model.padded_vocab_size
@@ -67,7 +69,7 @@ def activations(model: ModelConfig, layout: Layout, kernels: Kernels = "cuda") -
     widest = (3 if model.activation == "swiglu" else 2) * size * tokens * model.ffn_size
     return Activations(
         embedding=_embedding(model, layout) + masks,
-        norms=alive * 2 * norm + last_norm,
+        norms=alive * norms + _norm(model, layout, kernels, fused=False),
         attention=alive * attention,
         feedforward=alive * feedforward,
         checkpoints=blocks * stream if checkpointed else 0,

@@ -15,8 +15,8 @@ from megagpt.planning.states import (
     States,
     element_bytes,
     element_count,
+    large_parameters,
     optimizer_groups,
-    persistent_elements,
     states,
 )
 
@@ -163,9 +163,8 @@ def _buckets(model: ModelConfig, layout: Layout, settings: Settings) -> Buckets:
 
 def _gathered(model: ModelConfig, layout: Layout, settings: Settings) -> int:
     """ZeRO-3's weights as far as they may live, and those that an all-gather is about to bring."""
-    if layout.zero_stage < 3:
+    if layout.zero_stage < 3 or layout.data_parallel == 1:
         return 0
-    groups = optimizer_groups(model, settings.optimizer)
-    sharded = element_count(model, settings.optimizer) - persistent_elements(groups, 1, settings)
+    sharded = sum(large_parameters(optimizer_groups(model, settings.optimizer), settings))
     live = min(sharded, max(settings.max_live_parameters, settings.max_reuse_distance))
     return element_bytes(layout) * (live + min(sharded, settings.prefetch_bucket_size))

@@ -24,8 +24,6 @@ class Settings:
     """Of the weights that ZeRO-3 gathers ahead of their use."""
     param_persistence_threshold: int = 100_000
     """Up to which size ZeRO-3 leaves a parameter whole on every rank."""
-    model_persistence_threshold: int = 2**63 - 1
-    """The same of all those parameters together."""
     max_live_parameters: int = 1_000_000_000
     """Of the weights that ZeRO-3 gathers before they are needed."""
     max_reuse_distance: int = 1_000_000_000

@@ -35,7 +35,7 @@ class States:
     gradients_before: int
     """Those that are there when the last micro-batch's backward begins."""
     optimizer: int
-    """Master weights, moments and step counts."""
+    """Master weights, moments and step counts; with offload, what of it needs the device."""
     backward: int
     """What gradients take beside that during backward, but for buckets."""
     step: int
@@ -68,12 +68,16 @@ def states(model: ModelConfig, layout: Layout, settings: Settings) -> States:
     return _sharded(groups, layout, settings)
 
 
-@lru_cache(maxsize=256)
 def optimizer_groups(model: ModelConfig, optimizer: OptimizerConfig) -> tuple[Group, ...]:
     """The groups in which the engine hands `model` to DeepSpeed; tied weights are there once."""
+    return _optimizer_groups(model, optimizer.model_dump_json())
+
+
+@lru_cache(maxsize=256)
+def _optimizer_groups(model: ModelConfig, optimizer: str) -> tuple[Group, ...]:
     with torch.device("meta"):
         network = GPT(model)
-    groups = parameter_groups(network, optimizer, parameter_kind)
+    groups = parameter_groups(network, OptimizerConfig.model_validate_json(optimizer), parameter_kind)
     return tuple(Group(tuple(p.numel() for p in group["params"]), "matrices" in group) for group in groups)
 
 
@@ -106,27 +110,27 @@ def _sharded(groups: Sequence[Group], layout: Layout, settings: Settings) -> Sta
         length // ranks * (_FP32 + group.state_bytes) + (0 if group.is_muon else _STEP)
         for length, group in zip(flat, groups, strict=True)
     )
-    weights, step, host = size * sum(flat), 0, 0
+    weights, host = size * sum(flat), 0
     if layout.offload_optimizer:
         largest = size * max(max(group.sizes) for group in groups)
         # The host has a gradient of its own, a 16-bit shard on its way to the device, and room for one parameter.
         host = optimizer + (_FP32 + size) * shard + largest
-        optimizer, step = 0, largest
+        optimizer = largest  # for a sum on its way back from the host
     if layout.precision == "fp32":
         touched = max(_touched(groups, flat, rank, ranks) for rank in range(ranks))
         kept = touched * _FP32
         accumulated = elements * _FP32 if layout.zero_stage == 1 else kept if layout.micro_steps > 1 else 0
         before = (accumulated if layout.zero_stage == 1 else kept) if layout.micro_steps > 1 else 0
-        return States(weights, kept, before, optimizer, accumulated, step, host)
+        return States(weights, kept, before, optimizer, accumulated, 0, host)
     if layout.zero_stage == 2:
         before = _FP32 * shard if layout.micro_steps > 1 else 0
-        return States(weights, _FP32 * shard, before, optimizer, 0, step, host)
+        return States(weights, _FP32 * shard, before, optimizer, 0, 0, host)
     if layout.precision == "bf16" and not layout.offload_optimizer:
         low = 0 if settings.immediate_grad_update else size * elements
-        return States(weights, _FP32 * sum(flat) + low, _FP32 * sum(flat), optimizer, 0, step, host)
+        return States(weights, _FP32 * sum(flat) + low, _FP32 * sum(flat), optimizer, 0, 0, host)
     # Each gradient is added to its sum as it comes; a last micro-batch's is reduced at once.
     accumulated = _FP32 * elements if layout.micro_steps > 1 else 0
-    return States(weights, _FP32 * shard, accumulated, optimizer, accumulated, step, host)
+    return States(weights, _FP32 * shard, accumulated, optimizer, accumulated, 0, host)
 
 
 def _touched(groups: Sequence[Group], flat: Sequence[int], rank: int, ranks: int) -> int:
@@ -153,7 +157,7 @@ def _fully_sharded(groups: Sequence[Group], layout: Layout, settings: Settings) 
     weights = size * (shard + persistent_elements(groups, ranks, settings))
     if layout.shard_gpus and layout.shard_gpus > 1:
         # The second copy that a group of ranks shares (hpZ) is made in forward, of what does not stay whole.
-        second = sum(_round_up(n, ranks) // layout.shard_gpus for n in _not_persistent(groups, settings))
+        second = sum(_round_up(n, ranks) // layout.shard_gpus for n in large_parameters(groups, settings))
         weights += size * second
     step = _FP32 * max(_sub_groups(group, ranks, settings.sub_group_size)[1] for group in groups)
     host = 0
@@ -167,15 +171,15 @@ def _fully_sharded(groups: Sequence[Group], layout: Layout, settings: Settings) 
 
 
 def persistent_elements(groups: Sequence[Group], ranks: int, settings: Settings) -> int:
-    """Elements of the parameters that ZeRO-3 leaves whole, each padded to a multiple of the ranks."""
-    sharded = _not_persistent(groups, settings)
-    sizes = [n for group in groups for n in group.sizes]
-    for n in sharded:
-        sizes.remove(n)
-    return sum(_round_up(n, ranks) for n in sizes)
+    """Elements of the parameters that ZeRO-3 leaves whole beside its shards, each padded to a multiple of the ranks."""
+    if ranks == 1:
+        return 0  # the shard is the whole
+    limit = settings.param_persistence_threshold
+    return sum(_round_up(n, ranks) for group in groups for n in group.sizes if n <= limit)
 
 
-def _not_persistent(groups: Sequence[Group], settings: Settings) -> list[int]:
+def large_parameters(groups: Sequence[Group], settings: Settings) -> list[int]:
+    """Elements of those that it gathers and lets go."""
     return [n for group in groups for n in group.sizes if n > settings.param_persistence_threshold]
 
 
