@@ -15,7 +15,7 @@ from megagpt.planning.layout import Layout
 from megagpt.planning.states import element_bytes
 
 Kernels = Literal["cuda", "cpu"]
-"""A CPU's RMSNorm keeps fp32 copies, its LayerNorm statistics in the input's format."""
+"""A CPU's RMSNorm keeps fp32 copies; LayerNorm's statistics and dropout's masks have the input's format there."""
 
 _FP32 = 4
 _EAGER_LOSS = 5
@@ -58,17 +58,21 @@ def activations(model: ModelConfig, layout: Layout, kernels: Kernels = "cuda") -
     norms = 2 * _norm(model, layout, kernels, compiled)
     if compiled:  # keeps the 16-bit output of attention, and adds it to the block's input anew
         norms -= stream - size * tokens * hidden
-    attention, feedforward = _attention(model, tokens, size), _feedforward(model, layout, compiled)
+    residual_mask, embedding_mask = (
+        tokens * hidden * (1 if kernels == "cuda" else width) if model.dropout else 0
+        for width in (size, stream // (tokens * hidden))
+    )
+    attention = _attention(model, tokens, size) + residual_mask
+    feedforward = _feedforward(model, layout, compiled) + residual_mask
     blocks, checkpointed = model.num_layers, layout.checkpointing == "full"
     alive = 1 if checkpointed else blocks
     block = norms + attention + feedforward
-    masks = tokens * hidden if model.dropout else 0
     head = model.padded_vocab_size * hidden
     chunk = min(chunk_tokens_of(model.padded_vocab_size, kernels), tokens) * model.padded_vocab_size
     weight_size = _FP32 if layout.zero_stage == 0 else size
     widest = (3 if model.activation == "swiglu" else 2) * size * tokens * model.ffn_size
     return Activations(
-        embedding=_embedding(model, layout) + masks,
+        embedding=_embedding(model, layout) + embedding_mask,
         norms=alive * norms + _norm(model, layout, kernels, fused=False),
         attention=alive * attention,
         feedforward=alive * feedforward,
@@ -116,8 +120,7 @@ def _attention(model: ModelConfig, tokens: int, size: int) -> int:
     queries, keys = model.hidden_size, model.kv_heads * model.head_dim
     rotated = queries + keys if model.position == "rope" else 0
     elements = model.hidden_size + queries + 2 * keys + rotated + model.hidden_size
-    masks = tokens * model.hidden_size if model.dropout else 0
-    return tokens * (size * elements + _FP32 * model.num_attention_heads) + masks
+    return tokens * (size * elements + _FP32 * model.num_attention_heads)
 
 
 def _feedforward(model: ModelConfig, layout: Layout, compiled: bool) -> int:
@@ -128,5 +131,4 @@ def _feedforward(model: ModelConfig, layout: Layout, compiled: bool) -> int:
         inner = 3 if compiled else 4
         cast_twice = layout.zero_stage == 0 and layout.precision != "fp32" and not compiled
         inputs = 2 if cast_twice else 1  # once for each of the two products
-    masks = tokens * model.hidden_size if model.dropout else 0
-    return tokens * size * (inputs * model.hidden_size + inner * model.ffn_size) + masks
+    return tokens * size * (inputs * model.hidden_size + inner * model.ffn_size)

@@ -147,7 +147,9 @@ def _moments(state: States, kept: Activations, buckets: Buckets, gathered: int, 
 
 def _buckets(model: ModelConfig, layout: Layout, settings: Settings) -> Buckets:
     elements, size = element_count(model, settings.optimizer), element_bytes(layout)
-    if layout.zero_stage == 0 or (layout.zero_stage == 1 and layout.precision == "bf16" and not layout.offload_optimizer):
+    if layout.zero_stage == 0 or (
+        layout.zero_stage == 1 and layout.precision == "bf16" and not layout.offload_optimizer
+    ):
         # Gradients are put end to end for an all-reduce after backward.
         return Buckets(0, 4 * min(elements, _ALLREDUCE_ELEMENTS), share=1.0, always=False)
     filled = min(elements, settings.reduce_bucket_size)
