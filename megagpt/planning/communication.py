@@ -11,10 +11,10 @@ from megagpt.scaling.devices import Cluster
 
 def ring_bandwidth(cluster: Cluster, efficiency: Efficiency, gpus: int, gpus_of_a_node: int) -> float:
     """Bytes a second over the slowest link of a ring through `gpus`, of which `gpus_of_a_node` share a node."""
-    link = efficiency.link * cluster.device.link_bandwidth
+    link = efficiency.links * cluster.device.link_bandwidth
     if gpus <= gpus_of_a_node:
         return link
-    return min(link, efficiency.network * cluster.network_bytes_per_second * gpus_of_a_node)
+    return min(link, efficiency.links * cluster.network_bytes_per_second * gpus_of_a_node)
 
 
 def ring_seconds(nbytes: float, gpus: int, bandwidth: float) -> float:

@@ -1,15 +1,18 @@
 """How much of a data sheet's rates training reaches: the few numbers of the time model that no data sheet gives.
 
-They are fitted to published throughput (megagpt.planning.published) and kept in data/efficiency.json with how they were
-obtained; megagpt.planning.measure finds those of the machine that it runs on.
+They are fitted to published throughput (megagpt.planning.calibration) and kept in data/efficiency.json with how they
+were obtained; megagpt.planning.measure finds those of the machine that it runs on.
 """
 
 import json
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-_FILE = "data/efficiency.json"
+FILE = "data/efficiency.json"
+NEAREST = {"volta": "ampere", "ada": "ampere", "blackwell": "hopper"}
+"""Generations without published runs to fit -> the one whose shares they take."""
 
 
 @dataclass(frozen=True)
@@ -24,26 +27,51 @@ class Efficiency:
     """Share of the memory's bandwidth that fused element-wise passes reach."""
     unfused: float
     """How many times the traffic of a fused block a block has that is not compiled."""
-    link: float
-    """Share of the bandwidth between GPUs of a node that collectives reach."""
-    network: float
-    """Share of the network's bandwidth that collectives reach."""
+    links: float
+    """Share of the bandwidth of links and network that collectives reach."""
     overlap: float
     """Share of the data-parallel traffic that may hide behind computation."""
     block_seconds: float
-    """Of each block in forward or backward, beside its work: launching and filling kernels."""
+    """Of each block's forward, and twice that of its backward, beside its work: starting kernels."""
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a fit to many runs gives."""
+
+    matmul: Mapping[str, float]
+    """By generation of devices."""
+    attention: Mapping[str, float]
+    """By generation of devices."""
+    first_flash: float
+    """Speed of the first FlashAttention (2022) relative to later ones."""
+    memory: float
+    unfused: float
+    links: float
+    overlap: float
+    block_seconds: float
+
+    def of(self, architecture: str, first_flash: bool = False) -> Efficiency:
+        """The parameters of a generation of devices, or of the nearest one that was fitted."""
+        known = architecture if architecture in self.matmul else NEAREST[architecture]
+        return Efficiency(
+            matmul=self.matmul[known],
+            attention=self.attention[known] * (self.first_flash if first_flash else 1.0),
+            memory=self.memory,
+            unfused=self.unfused,
+            links=self.links,
+            overlap=self.overlap,
+            block_seconds=self.block_seconds,
+        )
+
+
+def stored_calibration() -> Calibration:
+    """The fit that comes with the project."""
+    text = resources.files("megagpt.planning").joinpath(FILE).read_text(encoding="utf-8")
+    stored: dict[str, Any] = json.loads(text)
+    return Calibration(**stored["parameters"])
 
 
 def fitted(architecture: str) -> Efficiency:
-    """The parameters that published throughput gives for a generation of devices; of the nearest if it has none."""
-    stored = _stored()
-    common = {field.name: stored["parameters"][field.name] for field in fields(Efficiency)
-              if field.name in stored["parameters"]}  # fmt: skip
-    own = stored["by_architecture"]
-    return Efficiency(**common, **own[architecture if architecture in own else stored["otherwise"][architecture]])
-
-
-def _stored() -> dict[str, Any]:
-    text = resources.files("megagpt.planning").joinpath(_FILE).read_text(encoding="utf-8")
-    stored: dict[str, Any] = json.loads(text)
-    return stored
+    """The parameters that published throughput gives for a generation of devices."""
+    return stored_calibration().of(architecture)

@@ -22,7 +22,9 @@ from megagpt.scaling.devices import Cluster, Device
 # in backward both products and the softmax again.
 _SCORE_PASSES_FORWARD, _SCORE_PASSES_BACKWARD = 5, 7
 _BACKWARD_TRAFFIC = 2  # element-wise backward reads the saved input and the gradient, and writes one
-_LOGIT_BYTES = 16  # written and read in bf16, read twice and written as the softmax's gradient, read by two products
+# Of a logit, by whether the passes are fused: written and read as bf16, read and written as the softmax's gradient, read
+# by two products; else also copied to fp32 and back, with each pass on its own.
+_LOGIT_BYTES = {True: 16, False: 32}
 _ADAM_BYTES = 34  # fp32 weight and two moments read and written, gradient read and zeroed, bf16 weight written
 _HOST_ADAM_BYTES_PER_SECOND = 20e9  # a GPU's share of a host's memory bandwidth (8 GPUs, 2 sockets): an assumption
 
@@ -152,7 +154,7 @@ class _Predictor:
         Stages are taken to be balanced: with a pipeline the last one has fewer blocks in turn.
         """
         products = 3 * self._product(work.head_product(self._model, self._layout), self._half_peak)
-        passes = work.logit_elements(self._model, self._layout) * _LOGIT_BYTES / self._memory
+        passes = work.logit_elements(self._model, self._layout) * _LOGIT_BYTES[self._layout.compile] / self._memory
         return (products + passes) / self._layout.pipeline
 
     def _recompute(self, matmul: float, attention: float, elementwise: float) -> float:
@@ -174,28 +176,31 @@ class _Predictor:
         """Exposed seconds a step of reducing gradients and of gathering weights.
 
         ZeRO 0 and 1 reduce once a step, behind the last micro-step's backward; ZeRO 2 and 3 in every micro-step.
-        ZeRO 1 and 2 gather the weights once, ZeRO 3 in every forward and backward.
+        ZeRO 1 and 2 gather the weights after the optimizer, when nothing hides it; ZeRO 3 in every forward and
+        backward. With groups that hold a copy each, a group's shards are reduced among the groups after that.
         """
-        layout, overlap = self._layout, self._efficiency.overlap
+        layout, overlap, backward = self._layout, self._efficiency.overlap, 2 / 3 * micro_step
         replicas = layout.data_parallel * layout.context
-        if replicas == 1:
-            return 0.0, 0.0
-        parameters, shards = work.gpu_parameters(self._model, layout), min(layout.shard_gpus or replicas, replicas)
-        weights = self._ring(parameters * self._bytes, shards)
-        gradients = self._ring(parameters * layout.reduce_bytes, shards)
-        across = 2 * self._ring(parameters / shards * layout.reduce_bytes, replicas // shards, spread=True)
-        steps = layout.micro_steps
-        backward = 2 / 3 * micro_step
+        parameters, shards = work.gpu_parameters(self._model, layout), self._shards
         if layout.zero_stage == 0:
-            return exposed(2 * self._ring(parameters * layout.reduce_bytes, replicas), backward, overlap), 0.0
+            reduction = 2 * self._ring(parameters * layout.reduce_bytes, replicas)
+            return exposed(reduction, backward, overlap), 0.0
+        weights = self._ring(parameters * self._bytes, shards)
+        reduction = self._ring(parameters * layout.reduce_bytes, shards)
+        reduction += 2 * self._ring(parameters / shards * layout.reduce_bytes, replicas // shards, spread=True)
         if layout.zero_stage == 1:
-            return exposed(gradients + across, backward, overlap), exposed(weights, micro_step / 3, overlap)
+            return exposed(reduction, backward, overlap), weights
         if layout.zero_stage == 2:
-            reduction = (steps - 1) * exposed(gradients, backward, overlap)
-            return reduction + exposed(gradients + across, backward, overlap), exposed(weights, micro_step / 3, overlap)
-        together = steps * exposed(2 * weights + gradients, micro_step, overlap) + exposed(across, 0.0, 0.0)
-        share = gradients / (2 * weights + gradients) if weights else 0.0
-        return share * together, (1 - share) * together
+            return layout.micro_steps * exposed(reduction, backward, overlap), weights
+        seconds = layout.micro_steps * exposed(2 * weights + reduction, micro_step, overlap)
+        share = reduction / (2 * weights + reduction) if seconds else 0.0
+        return share * seconds, (1 - share) * seconds
+
+    @property
+    def _shards(self) -> int:
+        """Ranks that share one copy of what ZeRO shards."""
+        replicas = self._layout.data_parallel * self._layout.context
+        return min(self._layout.shard_gpus or replicas, replicas)
 
     def _ring(self, nbytes: float, gpus: int, spread: bool = False) -> float:
         """Seconds of a reduce-scatter or all-gather among data-parallel ranks; spread: one of each node or shard."""
@@ -213,10 +218,7 @@ class _Predictor:
 
     def _owned(self, parameters: float) -> float:
         """Parameters that this GPU updates."""
-        if not self._layout.zero_stage:
-            return parameters
-        replicas = self._layout.data_parallel * self._layout.context
-        return parameters / min(self._layout.shard_gpus or replicas, replicas)
+        return parameters / self._shards if self._layout.zero_stage else parameters
 
     def _offload(self) -> float:
         """Gradients to the host, AdamW there, weights back; with offloaded weights those too, in each micro-step."""
