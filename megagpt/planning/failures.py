@@ -35,7 +35,7 @@ class Reliability:
 def reliability(
     nodes: int, node_mtbf_seconds: float, stall_seconds: float, write_seconds: float, restart_seconds: float
 ) -> Reliability:
-    """Of a job on `nodes`; stall_seconds and write_seconds: of a checkpoint; restart_seconds: from failure to training."""
+    """Of a job on `nodes`. stall, write: of a checkpoint; restart: from a failure until training goes on."""
     mtbf = node_mtbf_seconds / nodes
     # A new checkpoint cannot begin before the last one is written.
     interval = max(best_interval(stall_seconds, mtbf), write_seconds)

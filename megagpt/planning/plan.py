@@ -4,7 +4,6 @@ from dataclasses import dataclass, replace
 
 from megagpt.config.batch import check_batches, nearest_divisors
 from megagpt.config.schema import RunConfig
-from megagpt.errors import UsageError
 from megagpt.model.counts import flops_per_token, parameter_count
 from megagpt.planning.checkpoints import CheckpointCost, checkpoint_bytes, checkpoint_cost
 from megagpt.planning.failures import Reliability, reliability
@@ -166,11 +165,7 @@ def largest_micro_batch(config: RunConfig, layout: Layout, memory_bytes: float) 
 def usable_micro_batch(plan: Plan) -> int | None:
     """The largest that fits and divides a rank's share of the batch; None if there is none."""
     share = plan.layout.global_batch // plan.layout.data_parallel
-    fitting = [n for n in nearest_divisors(share, plan.largest_micro_batch, count=share) if n <= plan.largest_micro_batch]
+    fitting = [
+        n for n in nearest_divisors(share, plan.largest_micro_batch, count=share) if n <= plan.largest_micro_batch
+    ]
     return max(fitting, default=None)
-
-
-def check_device(plan: Plan) -> None:
-    """Raises UsageError for what no search could mend."""
-    if plan.cluster.device.memory_bytes <= 0:
-        raise UsageError(f"{plan.cluster.device.name} has no memory in the table")

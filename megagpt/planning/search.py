@@ -13,7 +13,7 @@ from typing import Literal
 from megagpt.config.batch import check_batches, nearest_divisors
 from megagpt.config.schema import RunConfig
 from megagpt.errors import ConfigError, UsageError
-from megagpt.planning.layout import Layout
+from megagpt.planning.layout import Checkpointing, Layout
 from megagpt.planning.memory import MemoryParts, memory
 from megagpt.planning.plan import run_layout
 from megagpt.planning.settings import Settings
@@ -147,7 +147,8 @@ def _point(config: RunConfig, cluster: Cluster, gpus: int, batch: int) -> CurveP
 def _kinds(config: RunConfig, base: Layout) -> Iterator[Layout]:
     """Layouts of one micro-batch: whatever the configuration's optimizer allows."""
     is_muon = config.optimizer.name == "muon"
-    for stage, checkpointing in itertools.product(range(3 if is_muon else 4), ("none", "full")):
+    ways: tuple[Checkpointing, ...] = ("none", "full")
+    for stage, checkpointing in itertools.product(range(3 if is_muon else 4), ways):
         layout = replace(base, zero_stage=stage, checkpointing=checkpointing, micro_batch=1, shard_gpus=None,
                          offload_optimizer=False, offload_parameters=False)  # fmt: skip
         yield layout

@@ -4,7 +4,7 @@ The defaults are those of deepspeed 0.19 (deepspeed/runtime/zero/config.py) and 
 `of_run` reads what a configuration's raw section `deepspeed` puts in their place.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from megagpt.config.schema import OptimizerConfig, RunConfig
 
@@ -13,7 +13,7 @@ from megagpt.config.schema import OptimizerConfig, RunConfig
 class Settings:
     """Sizes in elements, as DeepSpeed counts them."""
 
-    optimizer: OptimizerConfig = OptimizerConfig()
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     reduce_bucket_size: int = 500_000_000
     """Of a bucket that gradients are reduced in."""
     overlap_comm: bool = True
@@ -36,7 +36,7 @@ class Settings:
         """Those of a run on GPUs."""
         zero, bf16 = (_section(config, name) for name in ("zero_optimization", "bf16"))
         raw = {**zero, **{key.removeprefix("stage3_"): value for key, value in zero.items()}, **bf16}
-        names = {field.name for field in fields(cls)} - {"optimizer"}
+        names = {known.name for known in fields(cls)} - {"optimizer"}
         return cls(config.optimizer, **{name: value for name, value in raw.items() if name in names})  # type: ignore[arg-type]
 
 
