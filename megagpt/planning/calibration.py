@@ -66,13 +66,25 @@ def fit(runs: Sequence[PublishedRun]) -> Calibration:
         return weights * log_errors(runs, _calibration(dict(zip(names, point * scale, strict=True))))
 
     bounds = (rows[:, 1] / scale, rows[:, 2] / scale)
-    solution = least_squares(residuals, np.ones(len(names)), bounds=bounds, loss="soft_l1", f_scale=_SOFT)
+    solution = least_squares(
+        residuals, np.ones(len(names)), bounds=bounds, loss="soft_l1", f_scale=_SOFT, xtol=1e-5, ftol=1e-7
+    )
     return _calibration(dict(zip(names, (solution.x * scale).tolist(), strict=True)))
 
 
 def _calibration(values: Mapping[str, float]) -> Calibration:
     """From flat names."""
-    by_architecture = {key: {name.split(".")[1]: value for name, value in values.items() if name.startswith(f"{key}.")}
-                       for key in ("matmul", "attention")}  # fmt: skip
-    common = {name: value for name, value in values.items() if "." not in name}
-    return Calibration(**by_architecture, **common, block_seconds=_BLOCK_SECONDS)
+    return Calibration(
+        matmul=_by_architecture(values, "matmul"),
+        attention=_by_architecture(values, "attention"),
+        first_flash=values["first_flash"],
+        memory=values["memory"],
+        unfused=values["unfused"],
+        links=values["links"],
+        overlap=values["overlap"],
+        block_seconds=_BLOCK_SECONDS,
+    )
+
+
+def _by_architecture(values: Mapping[str, float], kind: str) -> dict[str, float]:
+    return {name.partition(".")[2]: value for name, value in values.items() if name.startswith(f"{kind}.")}

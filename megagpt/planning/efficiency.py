@@ -6,7 +6,7 @@ were obtained; megagpt.planning.measure finds those of the machine that it runs 
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import resources
 from typing import Any
 
@@ -70,6 +70,16 @@ def stored_calibration() -> Calibration:
     text = resources.files("megagpt.planning").joinpath(FILE).read_text(encoding="utf-8")
     stored: dict[str, Any] = json.loads(text)
     return Calibration(**stored["parameters"])
+
+
+def stored_form(calibration: Calibration, runs: int) -> str:
+    """The text of FILE for a fit to so many runs, with four digits of each number."""
+    digits = json.loads(json.dumps(asdict(calibration)), parse_float=lambda text: float(f"{float(text):.4g}"))
+    how = (
+        "fitted by megagpt.planning.calibration to the data-parallel runs of data/published_throughput.csv; "
+        "`python -m tools.plan --validate FOLDER` writes this file anew into FOLDER; block_seconds is an assumption"
+    )
+    return json.dumps({"how": how, "runs": runs, "parameters": digits}, indent=1) + "\n"
 
 
 def fitted(architecture: str) -> Efficiency:

@@ -15,7 +15,6 @@ from importlib import resources
 from typing import Any
 
 from megagpt.config.schema import ModelConfig
-from megagpt.errors import UsageError
 from megagpt.model.counts import flops_per_token
 from megagpt.planning.efficiency import Efficiency
 from megagpt.planning.layout import Checkpointing, Layout
@@ -82,8 +81,8 @@ SOURCES = (
     Source("dgxc-benchmarking.*maxtext", "MaxText", True, 400, 3, None, why="the remat policy is not stated"),
     Source("dgxc-benchmarking.*paxml", "Paxml", True, 400, 3, None, model=_GPT, why="the remat policy is not stated"),
     Source("NeMo-Framework-Launcher|NVIDIA/NeMo|NVIDIA-NeMo", "NeMo", True, 400, 1, None, why=_NEMO),
-    Source("bigscience", "Megatron-DeepSpeed", False, 50, 1, "full", flash_attention=False, precision="bf16", model=_GPT,
-           why="Jean Zay: four Omni-Path cards of 100 Gbit/s for 8 GPUs; Megatron's fused kernels, scores in memory"),
+    Source("bigscience", "Megatron-DeepSpeed", False, 50, 1, "full", flash_attention=False, model=_GPT,
+           why="Jean Zay: four Omni-Path cards of 100 Gbit/s for 8 GPUs; scores in memory"),
     Source("Megatron-LM README Sep 2020", "Megatron-LM", False, 200, 0, "full", flash_attention=False, precision="fp16",
            model=_GPT, why="printed TFLOPs count recomputation, so all blocks were recomputed; DGX A100"),
     Source("Korthikanti", "Megatron-LM", False, 200, 0, None, flash_attention=False, precision="fp16", model=_GPT,
@@ -200,7 +199,8 @@ def _normalized(row: Mapping[str, str]) -> PublishedRun:
         raise _LeftOut("layout and batch do not multiply to the GPUs and the global batch")
     return PublishedRun(
         source=row["source"], project=source.project, name=row["model"], gpu=row["gpu"], model=model, layout=layout,
-        cluster=Cluster(device, layout.gpus_per_node, _network(row, source)), first_flash=source.first_flash, recomputed=recomputed,
+        cluster=Cluster(device, layout.gpus_per_node, _network(row, source)),
+        first_flash=source.first_flash, recomputed=recomputed,
         tokens_per_second_per_gpu=float(row["tokens_per_s_per_gpu"]),
         printed_parameters=float(row["params_b"]) * 1e9 if row["params_b"] else None,
         printed_mfu=float(row["mfu_percent"]) / 100 if row["mfu_percent"] else None,
@@ -218,8 +218,8 @@ def _refuse_unusable(row: Mapping[str, str]) -> None:
         raise _LeftOut("the GPU is not stated")
     if "not a plain GPT" in row["notes"] or "changes the model" in row["notes"]:
         raise _LeftOut("not a plain GPT")
-    if missing := [key for key in _SIZES if not row[key]]:
-        raise _LeftOut("no " + " or ".join("vocabulary" if key == "vocab" else "model sizes" for key in missing[-1:]))
+    if missing := {key for key in _SIZES if not row[key]}:
+        raise _LeftOut("no vocabulary size" if missing == {"vocab"} else "no model sizes")
     if any(not row[key] for key in _LAYOUT):
         raise _LeftOut("no GPU count, layout, micro-batch or global batch")
 
@@ -317,6 +317,3 @@ def _network(row: Mapping[str, str], source: Source) -> float:
     if source.project == "torchtitan" and "A100" in row["gpu"]:
         return 200 * GBPS
     return 50 * GBPS if "DGX-2" in row["gpu"] else source.network_gbps * GBPS
-
-
-__all__ = ["SOURCES", "PublishedRun", "Source", "UsageError", "load_published"]

@@ -22,8 +22,8 @@ from megagpt.scaling.devices import Cluster, Device
 # in backward both products and the softmax again.
 _SCORE_PASSES_FORWARD, _SCORE_PASSES_BACKWARD = 5, 7
 _BACKWARD_TRAFFIC = 2  # element-wise backward reads the saved input and the gradient, and writes one
-# Of a logit, by whether the passes are fused: written and read as bf16, read and written as the softmax's gradient, read
-# by two products; else also copied to fp32 and back, with each pass on its own.
+# Of a logit, by whether the passes are fused: written and read as bf16, read and written as the softmax's gradient,
+# read by two products; else also copied to fp32 and back, with each pass on its own.
 _LOGIT_BYTES = {True: 16, False: 32}
 _ADAM_BYTES = 34  # fp32 weight and two moments read and written, gradient read and zeroed, bf16 weight written
 _HOST_ADAM_BYTES_PER_SECOND = 20e9  # a GPU's share of a host's memory bandwidth (8 GPUs, 2 sockets): an assumption
