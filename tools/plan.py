@@ -12,7 +12,7 @@ from megagpt.config.loading import load_config
 from megagpt.config.schema import RunConfig
 from megagpt.errors import UsageError
 from megagpt.planning.failures import NODE_MTBF_HOURS
-from megagpt.planning.plan import Circumstances, make_plan, run_layout
+from megagpt.planning.plan import Circumstances, Limits, make_plan, run_layout
 from megagpt.planning.report import (
     CURVE_COLUMNS,
     OPTION_COLUMNS,
@@ -55,6 +55,7 @@ def main(
     ] = f"{NODE_MTBF_HOURS:.0f}h",
     restart: Annotated[str, typer.Option(help="From a failure until training goes on.")] = "10min",
     storage: Annotated[str, typer.Option(help="What all nodes together write to the file system.")] = "20GB/s",
+    host_memory: Annotated[str, typer.Option("--host-memory", help="Of a node, for offload: bytes, 2T.")] = "2T",
     find: Annotated[bool, typer.Option("--search", help="Rank all layouts that fit by their throughput.")] = False,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all numbers as JSON.")] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one page with pictures.")] = None,
@@ -68,20 +69,22 @@ def main(
     loaded = load_config(config, overrides or [])
     counts = parse_counts(gpus, "--gpus")
     cluster = Cluster(find_device(gpu), nodes_gpus, parse_network(network))
-    check_possible(loaded, cluster, counts[-1])
+    limits = Limits(cluster.device.memory_bytes, parse_count(host_memory, "--host-memory") / nodes_gpus)
+    check_possible(loaded, cluster, counts[-1], limits)
     circumstances = Circumstances(
         tokens=parse_count(tokens, "--tokens") if tokens else _tokens(loaded),
         price=price,
         node_mtbf_seconds=parse_seconds(mtbf, "--mtbf"),
         restart_seconds=parse_seconds(restart, "--restart"),
         storage_bytes_per_second=_storage(storage),
+        limits=limits,
     )
     plan = make_plan(loaded, run_layout(loaded, counts[0], nodes_gpus), cluster, circumstances)
     study = Study(
         str(config),
         plan,
-        search(loaded, cluster, counts[0]) if find else None,
-        {kind: curve(loaded, cluster, counts, kind) for kind in ("strong", "weak")} if len(counts) > 1 else {},
+        search(loaded, cluster, counts[0], limits) if find else None,
+        {kind: curve(loaded, cluster, counts, kind, limits) for kind in ("strong", "weak")} if len(counts) > 1 else {},
     )
     _print(study)
     if json:

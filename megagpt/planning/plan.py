@@ -13,7 +13,19 @@ from megagpt.planning.settings import Settings
 from megagpt.planning.time import StepTime, step_time
 from megagpt.scaling.devices import Cluster
 
-DAY = 86400.0
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes that a GPU can have."""
+
+    device: float
+    """Its own."""
+    host: float
+    """Its share of its node's memory."""
+
+    def allow(self, parts: MemoryParts) -> bool:
+        """Whether it fits."""
+        return parts.total <= self.device and parts.host <= self.host
 
 
 @dataclass(frozen=True)
@@ -30,6 +42,8 @@ class Circumstances:
     """From a failure until training goes on."""
     storage_bytes_per_second: float
     """That all nodes together can write."""
+    limits: Limits
+    """Of a GPU's memory."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +63,8 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the GPU's memory is large enough."""
-        return self.memory.total <= self.cluster.device.memory_bytes
+        """Whether the GPU's and the host's memory are large enough."""
+        return self.circumstances.limits.allow(self.memory)
 
     @property
     def parameters(self) -> int:
@@ -129,7 +143,7 @@ def make_plan(config: RunConfig, layout: Layout, cluster: Cluster, circumstances
         layout=layout,
         circumstances=circumstances,
         memory=memory(config.model, layout, settings),
-        largest_micro_batch=largest_micro_batch(config, layout, cluster.device.memory_bytes),
+        largest_micro_batch=largest_micro_batch(config, layout, circumstances.limits),
         time=step_time(config.model, layout, cluster),
         checkpoint=cost,
         reliability=reliability(
@@ -142,14 +156,14 @@ def make_plan(config: RunConfig, layout: Layout, cluster: Cluster, circumstances
     )
 
 
-def largest_micro_batch(config: RunConfig, layout: Layout, memory_bytes: float) -> int:
+def largest_micro_batch(config: RunConfig, layout: Layout, limits: Limits) -> int:
     """The most sequences at once with which `layout` fits, whether they divide the batch or not; 0: not even one."""
     settings = Settings.of_run(config)
 
     def fits(micro_batch: int) -> bool:
         # With more than one micro-batch a step, so that the sums of gradients are there.
         changed = replace(layout, micro_batch=micro_batch, global_batch=2 * micro_batch * layout.data_parallel)
-        return memory(config.model, changed, settings).total <= memory_bytes
+        return limits.allow(memory(config.model, changed, settings))
 
     if not fits(1):
         return 0

@@ -15,7 +15,7 @@ from megagpt.config.schema import RunConfig
 from megagpt.errors import ConfigError, UsageError
 from megagpt.planning.layout import Checkpointing, Layout
 from megagpt.planning.memory import MemoryParts, memory
-from megagpt.planning.plan import run_layout
+from megagpt.planning.plan import Limits, run_layout
 from megagpt.planning.settings import Settings
 from megagpt.planning.time import StepTime, step_time
 from megagpt.scaling.devices import Cluster
@@ -59,7 +59,7 @@ class CurvePoint:
     """Why there is no time."""
 
 
-def search(config: RunConfig, cluster: Cluster, gpus: int) -> list[Option]:
+def search(config: RunConfig, cluster: Cluster, gpus: int, limits: Limits) -> list[Option]:
     """The layouts on `gpus` that fit, the fastest first, one of each kind: that with its fastest micro-batch.
 
     Raises ConfigError for a batch that the GPUs cannot divide.
@@ -73,7 +73,7 @@ def search(config: RunConfig, cluster: Cluster, gpus: int) -> list[Option]:
         for micro_batch in nearest_divisors(share, 1, count=share):
             layout = replace(kind, micro_batch=micro_batch)
             parts = memory(config.model, layout, settings)
-            if parts.total > cluster.device.memory_bytes:
+            if not limits.allow(parts):
                 break
             options.append(Option(layout, parts, step_time(config.model, layout, cluster)))
         if options:
@@ -81,7 +81,7 @@ def search(config: RunConfig, cluster: Cluster, gpus: int) -> list[Option]:
     return sorted(found, key=lambda option: -option.time.tokens_per_second_per_gpu)
 
 
-def smallest_cluster(config: RunConfig, cluster: Cluster, gpus: int) -> int | None:
+def smallest_cluster(config: RunConfig, cluster: Cluster, gpus: int, limits: Limits) -> int | None:
     """The fewest GPUs, `gpus` doubled again and again, on which one sequence a GPU fits somehow; None: none do."""
     settings = Settings.of_run(config)
     while gpus <= MOST_GPUS:
@@ -89,15 +89,15 @@ def smallest_cluster(config: RunConfig, cluster: Cluster, gpus: int) -> int | No
             gpus, min(gpus, cluster.gpus_per_node), 1, gpus, config.seq_len, 0, precision=config.train.precision
         )
         for kind in _kinds(config, base):
-            if memory(config.model, kind, settings).total <= cluster.device.memory_bytes:
+            if limits.allow(memory(config.model, kind, settings)):
                 return gpus
         gpus *= 2
     return None
 
 
-def check_possible(config: RunConfig, cluster: Cluster, gpus: int) -> None:
+def check_possible(config: RunConfig, cluster: Cluster, gpus: int, limits: Limits) -> None:
     """Raises UsageError, naming the smallest cluster that could, for a model that no layout brings into `gpus`."""
-    least = smallest_cluster(config, cluster, gpus)
+    least = smallest_cluster(config, cluster, gpus, limits)
     if least == gpus:
         return
     name, size = cluster.device.name, f"{gpus} x {cluster.device.name}"
@@ -113,7 +113,7 @@ def check_possible(config: RunConfig, cluster: Cluster, gpus: int) -> None:
 
 
 def curve(
-    config: RunConfig, cluster: Cluster, gpu_counts: Sequence[int], kind: Literal["strong", "weak"]
+    config: RunConfig, cluster: Cluster, gpu_counts: Sequence[int], kind: Literal["strong", "weak"], limits: Limits
 ) -> list[CurvePoint]:
     """Step times over numbers of GPUs: of the same batch (strong), or of a batch that grows with them (weak).
 
@@ -124,11 +124,11 @@ def curve(
         batch = config.train.global_batch_size
         if kind == "weak":
             batch = batch * gpus // first
-        points.append(_point(config, cluster, gpus, batch))
+        points.append(_point(config, cluster, gpus, batch, limits))
     return points
 
 
-def _point(config: RunConfig, cluster: Cluster, gpus: int, batch: int) -> CurvePoint:
+def _point(config: RunConfig, cluster: Cluster, gpus: int, batch: int, limits: Limits) -> CurvePoint:
     try:
         check_batches(replace(config.train.batches, final=batch, samples=0), None, gpus)
     except ConfigError:
@@ -139,7 +139,7 @@ def _point(config: RunConfig, cluster: Cluster, gpus: int, batch: int) -> CurveP
     for micro_batch in sorted(nearest_divisors(share, 1, count=share), reverse=True):
         candidate = replace(layout, micro_batch=micro_batch)
         too_large = wanted and micro_batch > wanted
-        if not too_large and memory(config.model, candidate, settings).total <= cluster.device.memory_bytes:
+        if not too_large and limits.allow(memory(config.model, candidate, settings)):
             return CurvePoint(gpus, candidate, step_time(config.model, candidate, cluster), None)
     return CurvePoint(gpus, None, None, f"not even one sequence fits into {cluster.device.name}")
 

@@ -1,4 +1,4 @@
-"""Weights, gradients and optimizer state of a rank, to the byte: as megagpt.training.engine and deepspeed 0.19 hold them.
+"""Weights, gradients and optimizer state of a rank to the byte, as our engine and deepspeed 0.19 hold them.
 
 Stage 0 keeps fp32 weights and computes 16-bit copies of them. At stages 1 and 2 each optimizer group is laid end to
 end and padded to a multiple of 2 x ranks, at stage 3 every parameter is padded to a multiple of the ranks. A 16-bit

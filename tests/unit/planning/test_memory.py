@@ -9,7 +9,7 @@ from megagpt.config import ModelConfig
 from megagpt.config.schema import RunConfig
 from megagpt.planning.layout import Layout
 from megagpt.planning.memory import memory
-from megagpt.planning.plan import largest_micro_batch
+from megagpt.planning.plan import Limits, largest_micro_batch
 from megagpt.planning.settings import Settings
 
 GPT2_XL = ModelConfig(vocab_size=50257, num_layers=48, hidden_size=1600, num_attention_heads=25, max_seq_len=1024)
@@ -18,7 +18,7 @@ LAYOUT = Layout(64, 8, 4, 512, 1024, zero_stage=2)
 
 
 def test_the_classic_sixteen_bytes_a_parameter_fall_with_the_stage():
-    """Rajbhandari et al. 2020, figure 1, with fp32 gradients as this project sums them: 2 + 4 + 12 bytes a parameter."""
+    """Rajbhandari et al. 2020, figure 1, but with gradients summed in fp32: 2 + 4 + 12 bytes a parameter."""
     whole = 4 + 4 + 8  # stage 0: fp32 weights, gradients and two moments, and 16-bit copies of most weights
     expected = {0: whole, 1: 2 + 6 + 12 / 64, 2: 2 + 4 / 64 + 12 / 64, 3: 2 / 64 + 4 / 64 + 12 / 64}
     for stage, bytes_a_parameter in expected.items():
@@ -77,9 +77,9 @@ def test_the_largest_micro_batch_fits_and_the_next_does_not():
     def total(micro_batch: int) -> int:
         return memory(GPT2_XL, replace(LAYOUT, micro_batch=micro_batch, global_batch=micro_batch * 128)).total
 
-    largest = largest_micro_batch(config, LAYOUT, device)
+    largest = largest_micro_batch(config, LAYOUT, Limits(device, 0))
     assert total(largest) <= device < total(largest + 1)
-    assert largest_micro_batch(config, LAYOUT, 5e9) == 0
+    assert largest_micro_batch(config, LAYOUT, Limits(5e9, 0)) == 0
 
 
 def test_other_parallelism_is_refused():

@@ -24,10 +24,9 @@ def test_any_text_is_a_number_or_a_usage_error(text):
     for parse in (parse_count, parse_seconds, parse_counts):
         try:
             parsed = parse(text, "it")
-        except UsageError as error:
-            assert "write" in str(error)
-        else:
-            assert parsed
+        except UsageError:
+            continue
+        assert parsed
 
 
 @pytest.mark.parametrize("text", ["", "0", "-3", "1.5", "many", "3X", "1e400", "nan", "8;9"])
