@@ -20,7 +20,7 @@ from megagpt.planning.calibration import FOLDS, fit, folds, log_errors
 from megagpt.planning.efficiency import FILE, Calibration, stored_form
 from megagpt.planning.published import PublishedRun, load_published
 from megagpt.scaling.pictures import MARKERS
-from megagpt.training.plots import LIGHT, Picture, Theme, render
+from megagpt.training.plots import LIGHT, Picture, Theme, compact, render
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -221,15 +221,18 @@ def _finish(against: "Axes", ratios: "Axes", theme: Theme) -> None:
     """Scales, and the lines of equality with 10 % to each side."""
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
-    low, high = against.get_xlim()
     against.set(xscale="log", yscale="log", xlabel="published tokens/s of a GPU", ylabel="predicted tokens/s of a GPU",
                 title="Throughput")  # fmt: skip
-    ends = np.array([20.0, max(high, 1.3e6 if low < 0 else high)])
+    ends = np.array([15.0, 3e5])
     for factor, line in ((0.9, ":"), (1.0, "-"), (1.1, ":")):
         against.plot(ends, factor * ends, color=theme.quiet, linewidth=0.9, linestyle=line, zorder=1)
         ratios.axhline(factor, color=theme.quiet, linewidth=0.9, linestyle=line, zorder=1)
     ratios.set(xscale="log", yscale="log", xlabel="parameters", ylabel="predicted / published tokens/s",
-               title="Ratio (dotted: 10 %)")  # fmt: skip
-    ratios.set_yticks([0.6, 0.8, 1.0, 1.25, 1.5, 1.8])
+               title="Ratio (dotted: 10 %)", ylim=(0.75, 2.0))  # fmt: skip
+    plain = FuncFormatter(lambda value, _: compact(value))
+    for axis in (against.xaxis, against.yaxis, ratios.xaxis):
+        axis.set_major_formatter(plain)
+    ratios.set_yticks([0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 1.75])
     ratios.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    ratios.yaxis.set_minor_formatter(NullFormatter())
+    for axis in (against.xaxis, against.yaxis, ratios.xaxis, ratios.yaxis):
+        axis.set_minor_formatter(NullFormatter())
