@@ -12,7 +12,7 @@ from megagpt.config.loading import load_config
 from megagpt.config.schema import RunConfig
 from megagpt.errors import UsageError
 from megagpt.planning.failures import NODE_MTBF_HOURS
-from megagpt.planning.plan import Circumstances, Limits, make_plan, run_layout
+from megagpt.planning.plan import Circumstances, Limits, Machine, make_plan, run_layout
 from megagpt.planning.report import (
     CURVE_COLUMNS,
     OPTION_COLUMNS,
@@ -31,6 +31,8 @@ from megagpt.scaling.devices import Cluster, find_device, parse_network
 from tools.command import run_command, single_command
 
 PROGRAM = "python -m tools.plan"
+MEASURED = "this"
+"""Name of the device that this machine has, which is measured for some seconds."""
 _TABLE_WIDTH = 140
 """Characters, where a pipe or a narrow terminal would cut columns."""
 
@@ -40,9 +42,7 @@ def main(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Changes to the configuration.")
     ] = None,
-    gpu: Annotated[
-        str, typer.Option(help="Device: h100-sxm, a100-80gb, ...; an unknown one is answered with names.")
-    ] = ("h100-sxm"),
+    gpu: Annotated[str, typer.Option(help="Device: h100-sxm, a100, ...; this: measure this machine's.")] = ("h100-sxm"),
     gpus: Annotated[str, typer.Option(help="Number of GPUs; several, as 8,64,512, draw scaling curves too.")] = "8",
     nodes_gpus: Annotated[int, typer.Option("--nodes-gpus", min=1, help="GPUs of a node.")] = 8,
     network: Annotated[
@@ -68,29 +68,39 @@ def main(
     """
     loaded = load_config(config, overrides or [])
     counts = parse_counts(gpus, "--gpus")
-    cluster = Cluster(find_device(gpu), nodes_gpus, parse_network(network))
-    limits = Limits(cluster.device.memory_bytes, parse_count(host_memory, "--host-memory") / nodes_gpus)
-    check_possible(loaded, cluster, counts[-1], limits)
+    machine = _machine(loaded, gpu, nodes_gpus, network, parse_count(host_memory, "--host-memory") / nodes_gpus)
+    check_possible(loaded, machine, counts[-1])
     circumstances = Circumstances(
         tokens=parse_count(tokens, "--tokens") if tokens else _tokens(loaded),
         price=price,
         node_mtbf_seconds=parse_seconds(mtbf, "--mtbf"),
         restart_seconds=parse_seconds(restart, "--restart"),
         storage_bytes_per_second=_storage(storage),
-        limits=limits,
     )
-    plan = make_plan(loaded, run_layout(loaded, counts[0], nodes_gpus), cluster, circumstances)
+    plan = make_plan(loaded, run_layout(loaded, counts[0], nodes_gpus), machine, circumstances)
     study = Study(
         str(config),
         plan,
-        search(loaded, cluster, counts[0], limits) if find else None,
-        {kind: curve(loaded, cluster, counts, kind, limits) for kind in ("strong", "weak")} if len(counts) > 1 else {},
+        search(loaded, machine, counts[0]) if find else None,
+        {kind: curve(loaded, machine, counts, kind) for kind in ("strong", "weak")} if len(counts) > 1 else {},
     )
     _print(study)
     if json:
         write_json(study, json)
     if html:
         write_html(study, html)
+
+
+def _machine(config: RunConfig, gpu: str, gpus_per_node: int, network: str, host_bytes: float) -> Machine:
+    rate = parse_network(network)
+    if gpu != MEASURED:
+        cluster = Cluster(find_device(gpu), gpus_per_node, rate)
+        return Machine(cluster, Limits(cluster.device.memory_bytes, host_bytes))
+    from megagpt.planning.measure import measure_device
+
+    measured = measure_device(config.train.precision)
+    cluster = Cluster(measured.cluster.device, gpus_per_node, rate)
+    return Machine(cluster, Limits(cluster.device.memory_bytes, host_bytes), measured.efficiency)
 
 
 def _tokens(config: RunConfig) -> int:

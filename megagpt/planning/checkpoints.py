@@ -1,7 +1,7 @@
 """How large a checkpoint is, and how long writing it takes: what megagpt.training.saving writes at every ZeRO stage.
 
-Stage 0 writes fp32 weights and moments once. Stages 1 to 3 write 16-bit weights, and every rank its part of the fp32
-master weights and moments: 14 bytes a parameter instead of 12. Names, headers and random states are not counted.
+Stage 0 writes fp32 weights and moments once; at stages 1 to 3 every rank writes its part of master weights and moments,
+12 bytes a parameter in all, at stages 1 and 2 beside the whole 16-bit weights. Headers and names are not counted.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ def checkpoint_bytes(model: ModelConfig, layout: Layout, settings: Settings) -> 
     groups = optimizer_groups(model, settings.optimizer)
     elements = sum(sum(group.sizes) for group in groups)
     moments = sum(sum(group.sizes) * group.state_bytes for group in groups)
-    weights = 4 if layout.zero_stage == 0 else element_bytes(layout) + 4
+    weights = 4 + (element_bytes(layout) if layout.zero_stage in (1, 2) else 0)
     return weights * elements + moments
 
 

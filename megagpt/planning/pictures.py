@@ -27,7 +27,7 @@ class Drawing:
 
 def draw_memory(plan: Plan, names: Mapping[str, str]) -> Drawing:
     """A bar a part, and the device's memory."""
-    memory, device = plan.memory, plan.cluster.device
+    memory, device = plan.memory, plan.machine.cluster.device
 
     def draw(theme: Theme) -> "Figure":
         figure, axes = _figure(5.0 + 2.6, 0.27 * len(memory.parts) + 1.6)

@@ -3,9 +3,10 @@
 from dataclasses import dataclass, replace
 
 from megagpt.config.batch import check_batches, nearest_divisors
-from megagpt.config.schema import RunConfig
+from megagpt.config.schema import ModelConfig, RunConfig
 from megagpt.model.counts import flops_per_token, parameter_count
 from megagpt.planning.checkpoints import CheckpointCost, checkpoint_bytes, checkpoint_cost
+from megagpt.planning.efficiency import Efficiency
 from megagpt.planning.failures import Reliability, reliability
 from megagpt.planning.layout import Layout
 from megagpt.planning.memory import MemoryParts, memory
@@ -29,6 +30,20 @@ class Limits:
 
 
 @dataclass(frozen=True)
+class Machine:
+    """What a run is planned for."""
+
+    cluster: Cluster
+    limits: Limits
+    efficiency: Efficiency | None = None
+    """Of its GPUs, if it was measured; None: what published runs give."""
+
+    def step_time(self, model: ModelConfig, layout: Layout) -> StepTime:
+        """As megagpt.planning.time."""
+        return step_time(model, layout, self.cluster, self.efficiency)
+
+
+@dataclass(frozen=True)
 class Circumstances:
     """What a run is planned with, besides its configuration and its GPUs."""
 
@@ -42,8 +57,6 @@ class Circumstances:
     """From a failure until training goes on."""
     storage_bytes_per_second: float
     """That all nodes together can write."""
-    limits: Limits
-    """Of a GPU's memory."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +64,7 @@ class Plan:
     """The run, and what to expect of it."""
 
     config: RunConfig
-    cluster: Cluster
+    machine: Machine
     layout: Layout
     circumstances: Circumstances
     memory: MemoryParts
@@ -64,7 +77,7 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether the GPU's and the host's memory are large enough."""
-        return self.circumstances.limits.allow(self.memory)
+        return self.machine.limits.allow(self.memory)
 
     @property
     def parameters(self) -> int:
@@ -126,25 +139,25 @@ def run_layout(config: RunConfig, gpus: int, gpus_per_node: int) -> Layout:
     )
 
 
-def make_plan(config: RunConfig, layout: Layout, cluster: Cluster, circumstances: Circumstances) -> Plan:
+def make_plan(config: RunConfig, layout: Layout, machine: Machine, circumstances: Circumstances) -> Plan:
     """Everything about one layout, whether it fits or not. Raises UsageError for a precision the device lacks."""
     settings = Settings.of_run(config)
     cost = checkpoint_cost(
         checkpoint_bytes(config.model, layout, settings),
         layout,
-        cluster.device.host_bandwidth,
+        machine.cluster.device.host_bandwidth,
         circumstances.storage_bytes_per_second,
         config.checkpoint.asynchronous,
     )
     nodes = -(-layout.gpus // layout.gpus_per_node)
     return Plan(
         config=config,
-        cluster=cluster,
+        machine=machine,
         layout=layout,
         circumstances=circumstances,
         memory=memory(config.model, layout, settings),
-        largest_micro_batch=largest_micro_batch(config, layout, circumstances.limits),
-        time=step_time(config.model, layout, cluster),
+        largest_micro_batch=largest_micro_batch(config, layout, machine.limits),
+        time=machine.step_time(config.model, layout),
         checkpoint=cost,
         reliability=reliability(
             nodes,

@@ -79,7 +79,7 @@ def sections(plan: Plan) -> list[Section]:
 
 def verdict(plan: Plan) -> str:
     """Whether it fits, in a sentence."""
-    device, total = plan.cluster.device, size_text(plan.memory.total)
+    device, total = plan.machine.cluster.device, size_text(plan.memory.total)
     has = f"{total} of {size_text(device.memory_bytes)} ({100 * plan.memory.total / device.memory_bytes:.0f} %)"
     usable = usable_micro_batch(plan)
     if plan.largest_micro_batch == 0:
@@ -94,7 +94,7 @@ def layout_text(plan: Plan) -> str:
     """How the run is laid out, in a line."""
     layout = plan.layout
     words = [
-        f"{layout.gpus:,} x {plan.cluster.device.name} in {-(-layout.gpus // layout.gpus_per_node):,} nodes",
+        f"{layout.gpus:,} x {plan.machine.cluster.device.name} in {-(-layout.gpus // layout.gpus_per_node):,} nodes",
         f"ZeRO {layout.zero_stage}",
         layout.precision,
         f"{layout.global_batch:,} sequences of {layout.seq_len:,} tokens a step",
@@ -156,14 +156,14 @@ def as_json(study: Study) -> dict[str, Any]:
     plan = study.plan
     return {
         "source": study.source,
-        "device": plan.cluster.device.name,
+        "device": plan.machine.cluster.device.name,
         "layout": asdict(plan.layout),
         "parameters": plan.parameters,
         "flops_per_token": plan.flops_per_token,
         "flops_per_token_without_attention": plan.flops_per_token_without_attention,
         "memory_bytes": {**plan.memory.parts, "peak": plan.memory.peak, "moment": plan.memory.moment,
                          "margin": plan.memory.margin, "total": plan.memory.total, "host": plan.memory.host,
-                         "device": plan.cluster.device.memory_bytes},
+                         "device": plan.machine.cluster.device.memory_bytes},
         "fits": plan.fits,
         "largest_micro_batch": plan.largest_micro_batch,
         "step_seconds": {**plan.time.parts, "total": plan.time.total},
@@ -212,7 +212,7 @@ def write_html(study: Study, path: Path) -> None:
         curves={kind: curve_rows(points) for kind, points in study.curves.items()},
         curve_columns=CURVE_COLUMNS,
         margin=f"{size_text(OUTSIDE_ALLOCATOR_BYTES)} and {100 * FRAGMENTATION:.0f} % of the peak",
-        device_source=plan.cluster.device.source,
+        device_source=plan.machine.cluster.device.source,
     )
     _write(path, page)
 

@@ -15,10 +15,9 @@ from megagpt.config.schema import RunConfig
 from megagpt.errors import ConfigError, UsageError
 from megagpt.planning.layout import Checkpointing, Layout
 from megagpt.planning.memory import MemoryParts, memory
-from megagpt.planning.plan import Limits, run_layout
+from megagpt.planning.plan import Machine, run_layout
 from megagpt.planning.settings import Settings
-from megagpt.planning.time import StepTime, step_time
-from megagpt.scaling.devices import Cluster
+from megagpt.planning.time import StepTime
 
 MOST_GPUS = 2**17
 """Up to which clusters are tried."""
@@ -59,48 +58,48 @@ class CurvePoint:
     """Why there is no time."""
 
 
-def search(config: RunConfig, cluster: Cluster, gpus: int, limits: Limits) -> list[Option]:
+def search(config: RunConfig, machine: Machine, gpus: int) -> list[Option]:
     """The layouts on `gpus` that fit, the fastest first, one of each kind: that with its fastest micro-batch.
 
     Raises ConfigError for a batch that the GPUs cannot divide.
     """
     check_batches(config.train.batches, None, gpus)
     share = config.train.global_batch_size // gpus
-    base = replace(run_layout(_with_micro_batch(config, None), gpus, cluster.gpus_per_node), shard_gpus=None)
+    base = replace(run_layout(_with_micro_batch(config, None), gpus, machine.cluster.gpus_per_node), shard_gpus=None)
     settings, found = Settings.of_run(config), []
     for kind in _kinds(config, base):
         options = []
         for micro_batch in nearest_divisors(share, 1, count=share):
             layout = replace(kind, micro_batch=micro_batch)
             parts = memory(config.model, layout, settings)
-            if not limits.allow(parts):
+            if not machine.limits.allow(parts):
                 break
-            options.append(Option(layout, parts, step_time(config.model, layout, cluster)))
+            options.append(Option(layout, parts, machine.step_time(config.model, layout)))
         if options:
             found.append(max(options, key=lambda option: option.time.tokens_per_second_per_gpu))
     return sorted(found, key=lambda option: -option.time.tokens_per_second_per_gpu)
 
 
-def smallest_cluster(config: RunConfig, cluster: Cluster, gpus: int, limits: Limits) -> int | None:
+def smallest_cluster(config: RunConfig, machine: Machine, gpus: int) -> int | None:
     """The fewest GPUs, `gpus` doubled again and again, on which one sequence a GPU fits somehow; None: none do."""
     settings = Settings.of_run(config)
     while gpus <= MOST_GPUS:
         base = Layout(
-            gpus, min(gpus, cluster.gpus_per_node), 1, gpus, config.seq_len, 0, precision=config.train.precision
+            gpus, min(gpus, machine.cluster.gpus_per_node), 1, gpus, config.seq_len, 0, precision=config.train.precision
         )
         for kind in _kinds(config, base):
-            if limits.allow(memory(config.model, kind, settings)):
+            if machine.limits.allow(memory(config.model, kind, settings)):
                 return gpus
         gpus *= 2
     return None
 
 
-def check_possible(config: RunConfig, cluster: Cluster, gpus: int, limits: Limits) -> None:
+def check_possible(config: RunConfig, machine: Machine, gpus: int) -> None:
     """Raises UsageError, naming the smallest cluster that could, for a model that no layout brings into `gpus`."""
-    least = smallest_cluster(config, cluster, gpus, limits)
+    least = smallest_cluster(config, machine, gpus)
     if least == gpus:
         return
-    name, size = cluster.device.name, f"{gpus} x {cluster.device.name}"
+    name, size = machine.cluster.device.name, f"{gpus} x {machine.cluster.device.name}"
     if least is None:
         raise UsageError(
             f"no number of {name} can train this model: one sequence of {config.seq_len} tokens does not fit even with "
@@ -113,7 +112,7 @@ def check_possible(config: RunConfig, cluster: Cluster, gpus: int, limits: Limit
 
 
 def curve(
-    config: RunConfig, cluster: Cluster, gpu_counts: Sequence[int], kind: Literal["strong", "weak"], limits: Limits
+    config: RunConfig, machine: Machine, gpu_counts: Sequence[int], kind: Literal["strong", "weak"]
 ) -> list[CurvePoint]:
     """Step times over numbers of GPUs: of the same batch (strong), or of a batch that grows with them (weak).
 
@@ -124,24 +123,24 @@ def curve(
         batch = config.train.global_batch_size
         if kind == "weak":
             batch = batch * gpus // first
-        points.append(_point(config, cluster, gpus, batch, limits))
+        points.append(_point(config, machine, gpus, batch))
     return points
 
 
-def _point(config: RunConfig, cluster: Cluster, gpus: int, batch: int, limits: Limits) -> CurvePoint:
+def _point(config: RunConfig, machine: Machine, gpus: int, batch: int) -> CurvePoint:
     try:
         check_batches(replace(config.train.batches, final=batch, samples=0), None, gpus)
     except ConfigError:
         return CurvePoint(gpus, None, None, f"{batch} sequences cannot be divided among {gpus} GPUs")
     share, wanted = batch // gpus, config.train.micro_batch_size
     settings = Settings.of_run(config)
-    layout = run_layout(_with_batch(config, batch), gpus, cluster.gpus_per_node)
+    layout = run_layout(_with_batch(config, batch), gpus, machine.cluster.gpus_per_node)
     for micro_batch in sorted(nearest_divisors(share, 1, count=share), reverse=True):
         candidate = replace(layout, micro_batch=micro_batch)
         too_large = wanted and micro_batch > wanted
-        if not too_large and limits.allow(memory(config.model, candidate, settings)):
-            return CurvePoint(gpus, candidate, step_time(config.model, candidate, cluster), None)
-    return CurvePoint(gpus, None, None, f"not even one sequence fits into {cluster.device.name}")
+        if not too_large and machine.limits.allow(memory(config.model, candidate, settings)):
+            return CurvePoint(gpus, candidate, machine.step_time(config.model, candidate), None)
+    return CurvePoint(gpus, None, None, f"not even one sequence fits into {machine.cluster.device.name}")
 
 
 def _kinds(config: RunConfig, base: Layout) -> Iterator[Layout]:

@@ -126,7 +126,7 @@ def compare(groups, ranks, config, micro_steps=1, rest=SCALARS):
     """Assert that every rank holds what is planned, the fullest nothing else but `rest` bytes."""
     planned = states(config.model, layout_of(config, ranks), Settings.of_run(config))
     buckets = 4 * BUCKET if config.parallel.zero_stage == 3 else 0
-    held = groups[ranks].run(hold, config, micro_steps)
+    held = groups[ranks].run(hold, config, micro_steps, timeout=300)
     if not config.parallel.offload_optimizer:  # which leaves nothing to tell device and host apart by
         assert {rank.optimizer for rank in held} == {planned.optimizer}
     if not config.parallel.offload_parameters:
