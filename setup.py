@@ -16,6 +16,7 @@ setup(
     package_data={
         "megagpt": ["py.typed"],
         "megagpt.corpus": ["*.j2"],
+        "megagpt.planning": ["*.j2", "data/*"],
         "megagpt.scaling": ["*.j2"],
         "megagpt.training": ["*.j2"],
     },

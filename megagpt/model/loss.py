@@ -109,7 +109,7 @@ def _forward(
     device, (padded_size, hidden_size) = weight.device.type, weight.shape
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
-    chunk_tokens = min(_chunk_tokens(padded_size, device), max(1, len(targets)))
+    chunk_tokens = min(chunk_tokens_of(padded_size, device), max(1, len(targets)))
     loss = weight.new_zeros((), dtype=_at_least_fp32(dtype))
     # Results are written into buffers made once: fresh memory for each chunk costs as much as half a matrix product.
     logits_buffer = weight.new_empty(chunk_tokens, padded_size)
@@ -138,8 +138,11 @@ def _forward(
     return loss, grad_hidden if hidden_gradient else None, grad_weight.t() if weight_gradient else None
 
 
-def _chunk_tokens(vocab_size: int, device: str) -> int:
-    """The largest power of two within the limit: it divides most batches, and an odd last chunk would compile anew."""
+def chunk_tokens_of(vocab_size: int, device: str) -> int:
+    """Tokens whose logits exist at once, on "cpu" or "cuda".
+
+    The largest power of two within the limit: it divides most batches, and an odd last chunk would compile anew.
+    """
     elements = _CHUNK_ELEMENTS.get(device, _CHUNK_ELEMENTS_ELSEWHERE)
     return 1 << (max(elements // vocab_size, 1).bit_length() - 1)
 

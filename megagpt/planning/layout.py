@@ -1,7 +1,7 @@
 """How a run is laid out over GPUs: all that memory and time depend on, besides the model and the device.
 
-`tensor`, `pipeline` and `context` are 1 in runs of this project; published figures that the planner is compared with
-have others.
+Runs of this project have the defaults from `tensor` on; published figures that the planner is compared with have
+others.
 """
 
 from dataclasses import dataclass
@@ -40,6 +40,12 @@ class Layout:
     """GPUs that split the layers."""
     context: int = 1
     """GPUs that split each sequence."""
+    virtual_pipeline: int = 1
+    """Parts of each pipeline stage that take turns (interleaved schedule), which shortens the bubble."""
+    flash_attention: bool = True
+    """Whether attention's scores stay on the chip (Dao et al. 2022); else they are written to memory and read."""
+    reduce_bytes: int = 4
+    """Bytes of a gradient's element as it is reduced; this project reduces in fp32."""
 
     @property
     def data_parallel(self) -> int:

@@ -44,16 +44,16 @@ def check_device(device: torch.device, seconds: float) -> DeviceCheck:
     left, right = (_random_signs(_ONE_IN, (size, size), generator, device, dtype) for _ in range(2))
     product = left @ right
     exact = is_product(product, left, right)
-    matmul_seconds = _best_seconds(lambda: torch.mm(left, right, out=product), share, device)
+    matmul_seconds = best_seconds(lambda: torch.mm(left, right, out=product), share, device)
     exact = exact and is_product(product, left, right)
     source = torch.ones(nbytes // 4, device=device)
     target = torch.empty_like(source)
-    memory_seconds = _best_seconds(lambda: target.copy_(source), share, device)
+    memory_seconds = best_seconds(lambda: target.copy_(source), share, device)
     host_rate = None
     if kind == "cuda":
         pinned = torch.ones(_PINNED_BYTES // 4, pin_memory=True)
         part = target[: len(pinned)]
-        host_rate = _PINNED_BYTES / _best_seconds(lambda: part.copy_(pinned, non_blocking=True), share, device)
+        host_rate = _PINNED_BYTES / best_seconds(lambda: part.copy_(pinned, non_blocking=True), share, device)
     return DeviceCheck(2 * size**3 / matmul_seconds, 2 * nbytes / memory_seconds, host_rate, exact)
 
 
@@ -74,8 +74,8 @@ def _random_signs(
     return (drawn == 0).to(dtype) - (drawn == 1).to(dtype)
 
 
-def _best_seconds(action: Callable[[], object], seconds: float, device: torch.device) -> float:
-    """The shortest time of one repetition, over at least three of them and about `seconds`."""
+def best_seconds(action: Callable[[], object], seconds: float, device: torch.device) -> float:
+    """The shortest time of one repetition of `action`, over at least three of them and about `seconds`."""
     times: list[float] = []
     until = time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < until:

@@ -171,10 +171,10 @@ def test_three_products_a_chunk_with_gradients_and_one_without():
 
 def test_the_default_chunk_bounds_logits_and_divides_powers_of_two(monkeypatch):
     monkeypatch.undo()
-    chunk = loss_module._chunk_tokens(50257, "cpu")
+    chunk = loss_module.chunk_tokens_of(50257, "cpu")
     assert chunk == 1024
     assert chunk * 50257 * 2 <= 128 * 2**20, "bytes in bf16"
-    assert loss_module._chunk_tokens(2**40, "cpu") == 1
+    assert loss_module.chunk_tokens_of(2**40, "cpu") == 1
 
 
 def test_compiled_kernels_give_the_eager_loss_and_gradients():
