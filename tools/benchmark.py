@@ -42,6 +42,10 @@ def train(
         list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Changes to the configuration.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Counted steps of each, after one that compiles.")] = 10,
+    transformers: Annotated[bool, typer.Option("--transformers", help="Compare with its model, too.")] = False,
+    nanogpt: Annotated[
+        Path | None, typer.Option(help="The model.py of a checkout of nanoGPT, to compare with.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file too.")] = None,
 ) -> None:
     """A training step against a plain torch loop: same model, compiled as a whole, autocast, full logits, fused AdamW.
@@ -51,15 +55,17 @@ def train(
     run_config = load_config(config, overrides or [])
     console = Console(highlight=False, soft_wrap=True)
     with joined(discover(), run_config.train) as (_, device):
-        from megagpt.benchmark.train import compare_with_plain_loop
+        from megagpt.benchmark.train import Peers, compare
 
-        result = compare_with_plain_loop(run_config, steps, device, console.print)
-    seconds, rates, speedup = result["step_seconds"], result["tokens_per_second"], result["speedup"]
+        result = compare(run_config, steps, device, Peers(transformers, nanogpt), console.print)
+    seconds, rates = result["step_seconds"], result["tokens_per_second"]
     for name in seconds:
-        console.print(f"{name:8} {seconds[name]:.3f} s a step, {rates[name]:,.0f} tokens/s (median of {steps})")
-    console.print(
-        f"megagpt is {speedup['median']:.2f} x as fast (pair by pair: {speedup['min']:.2f} to {speedup['max']:.2f})"
-    )
+        console.print(f"{name:22} {seconds[name]:.3f} s a step, {rates[name]:,.0f} tokens/s (median of {steps})")
+    for name, speedup in result["speedup_over"].items():
+        console.print(
+            f"megagpt is {speedup['median']:.2f} x as fast as {name} "
+            f"(pair by pair: {speedup['min']:.2f} to {speedup['max']:.2f})"
+        )
     _write(result, output)
 
 

@@ -5,29 +5,23 @@ multiplies by, so bytes of weights x steps a second over the measured bandwidth 
 that is reached at batch 1, and about that at small batches.
 """
 
-import importlib.util
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megagpt.benchmark.peers import nanogpt_model, transformers_model, weights_of
 from megagpt.benchmark.turns import machine, ratio, read_bandwidth, take_turns
 from megagpt.config.schema import ModelConfig
-from megagpt.convert import huggingface, nanogpt
-from megagpt.errors import UserError
 from megagpt.inference.batch import Batch, Sample, run
 from megagpt.inference.sampling import Sampling, sample_key
 from megagpt.model import GPT
 from megagpt.model.init import initialize_weights
-from megagpt.training.weights import Weight, Weights
-
-PEERS = ("transformers", "nanogpt")
 
 
 @dataclass(frozen=True)
@@ -68,7 +62,7 @@ class GenerateBenchmark:
         config = config.without_padding()
         model = GPT(config)
         initialize_weights(model, 0)
-        weights = {name: _held(value.clone()) for name, value in model.state_dict().items()}
+        weights = weights_of(model)
         model = model.to(self.device, self.dtype).eval()
         prompts = torch.randint(
             config.vocab_size, (rows, self.prompt_tokens), generator=torch.Generator().manual_seed(0)
@@ -78,9 +72,9 @@ class GenerateBenchmark:
             "uncompiled": self._ours(model, prompts, compile=False),
         }
         if self.transformers:
-            contenders["transformers"] = self._transformers(config, weights, prompts)
+            contenders["transformers"] = self._transformers(transformers_model(config, weights, self.dtype), prompts)
         if self.nanogpt:
-            contenders["nanogpt"] = self._nanogpt(self.nanogpt, config, weights, prompts)
+            contenders["nanogpt"] = self._nanogpt(nanogpt_model(self.nanogpt, config, weights), prompts)
         started = time.perf_counter()
         contenders["megagpt"]()
         compile_seconds = time.perf_counter() - started
@@ -116,31 +110,18 @@ class GenerateBenchmark:
 
         return draw
 
-    def _transformers(self, config: ModelConfig, weights: Weights, prompts: Tensor) -> Callable[[], object]:
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        config, weights = huggingface.expressed(config, weights)
-        values = huggingface.config_of(config, self.dtype, {})
-        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
-        _load(theirs, huggingface.foreign_weights(config, weights))
-        theirs = theirs.to(self.device, self.dtype).eval()
+    def _transformers(self, theirs: Any, prompts: Tensor) -> Callable[[], object]:
+        theirs = theirs.to(self.device).eval()
         ids = prompts.to(self.device)
         options: dict[str, Any] = {"do_sample": False}
         if self.sampling.temperature:
-            options = {
-                "do_sample": True,
-                "temperature": self.sampling.temperature,
-                "top_k": self.sampling.top_k or config.vocab_size,
-            }
+            top_k = self.sampling.top_k or theirs.config.vocab_size
+            options = {"do_sample": True, "temperature": self.sampling.temperature, "top_k": top_k}
         options |= {"min_new_tokens": self.new_tokens, "max_new_tokens": self.new_tokens, "pad_token_id": 0}
         mask = torch.ones_like(ids)
         return lambda: theirs.generate(ids, attention_mask=mask, **options).tolist()
 
-    def _nanogpt(self, path: Path, config: ModelConfig, weights: Weights, prompts: Tensor) -> Callable[[], object]:
-        module = _imported(path)
-        config, weights = nanogpt.expressed(config, weights)
-        theirs = module.GPT(module.GPTConfig(**nanogpt.arguments_of(config)))
-        _load(theirs, nanogpt.foreign_weights(config, weights))
+    def _nanogpt(self, theirs: Any, prompts: Tensor) -> Callable[[], object]:
         theirs = theirs.to(self.device).eval()
         greedy = self.sampling.temperature == 0
         temperature, top_k = (1.0, 1) if greedy else (self.sampling.temperature, self.sampling.top_k)
@@ -153,29 +134,3 @@ def _bytes_read(model: GPT) -> int:
     looked_up = () if model.config.tie_embeddings else ("embedding.weight",)
     skipped = ("position_embedding.weight", *looked_up)
     return sum(value.nbytes for name, value in model.named_parameters() if name not in skipped)
-
-
-def _held(value: Tensor) -> Weight:
-    return Weight(tuple(value.shape), value.dtype, lambda: value)
-
-
-def _load(model: torch.nn.Module, weights: Weights) -> None:
-    """Their second name of a tied weight may be missing, no other."""
-    state = {name: weight.read() for name, weight in weights.items()}
-    found = model.load_state_dict(state, strict=False)
-    assert not found.unexpected_keys, found
-    assert set(found.missing_keys) <= {"lm_head.weight"}, found
-
-
-def _imported(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
-    try:
-        assert spec
-        assert spec.loader
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give the model.py of a checkout of nanoGPT") from None
-    if not hasattr(module, "GPTConfig"):
-        raise UserError(f"{path}: has no GPTConfig; give the model.py of a checkout of nanoGPT")
-    return module

@@ -1,14 +1,17 @@
-"""How fast a training step is, side by side with a plain torch loop on the same model.
+"""How fast a training step is, side by side with a plain torch loop on the same model, and with peers.
 
 The plain loop is what a careful user writes without this project: fp32 weights, the model compiled as a whole, forward
-under autocast, full logits into cross_entropy, clipping, fused AdamW. Both take turns in one process (A B A B ...), so
-that whatever else the machine does slows both.
+under autocast, full logits into cross_entropy, clipping, fused AdamW. nanoGPT runs as it ships on a CPU (fp32, eager)
+and at its best (compiled, autocast), transformers' model in the same loop, eager and compiled. All take turns in one
+process (A B A B ...), so that whatever else the machine does slows all of them.
 """
 
+import copy
 import statistics
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +19,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from megagpt.benchmark.peers import nanogpt_model, transformers_model, weights_of
+from megagpt.benchmark.turns import machine, ratio, take_turns
 from megagpt.config import check_batch
 from megagpt.config.schema import RunConfig
 from megagpt.data.loader import Batch
@@ -27,10 +32,19 @@ from megagpt.training.engine import Engine
 from megagpt.training.optimizer import build_optimizer, parameter_groups
 
 
-def compare_with_plain_loop(
-    config: RunConfig, steps: int, device: torch.device, report: Callable[[str], None]
+@dataclass(frozen=True)
+class Peers:
+    """What to compare with, besides the plain loop."""
+
+    transformers: bool = False
+    nanogpt: Path | None = None
+    """The model.py of a checkout."""
+
+
+def compare(
+    config: RunConfig, steps: int, device: torch.device, peers: Peers, report: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Median seconds a step of both, after the first (compiling) step of each, and their ratio; one process.
+    """Median seconds a step of all, after the first (compiling) step of each, and their ratios; one process.
 
     `report` is given a line about each step. Returns JSON types.
     """
@@ -38,34 +52,30 @@ def compare_with_plain_loop(
         raise UsageError("the comparison is of one process; start it without a launcher")
     batch = _random_batch(config, device)
     micro_batch_size, accumulation_steps = check_batch(config.train.global_batch_size, config.train.micro_batch_size, 1)
-    engine = Engine(config, micro_batch_size, accumulation_steps, device)
     micro_batches = [batch[i : i + micro_batch_size] for i in range(0, len(batch), micro_batch_size)]
-    contenders: dict[str, Callable[[], object]] = {
-        "megagpt": lambda: engine.step(micro_batches, config.optimizer.lr).read(),
-        "plain": _plain_step(config, micro_batches, device),
-    }
+    loops = _Loops(config, micro_batches, device)
+    contenders = {"plain": loops.plain(), **loops.of(peers)}
+    engine = Engine(config, micro_batch_size, accumulation_steps, device)
+    contenders = {"megagpt": lambda: engine.step(micro_batches, config.optimizer.lr).read(), **contenders}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for step in range(steps + 1):
-        for name, run in contenders.items():
-            started = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - started)
+        for name, times in take_turns(contenders, 1).items():
+            seconds[name] += times
         report(f"step {step}: " + ", ".join(f"{name} {times[-1]:.3f} s" for name, times in seconds.items()))
     engine.close()
     medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-    ratios = [plain / ours for ours, plain in zip(seconds["megagpt"][1:], seconds["plain"][1:], strict=True)]
+    ours = seconds["megagpt"][1:]
     tokens = config.train.global_batch_size * config.seq_len
     return {
+        "machine": machine(device, "deepspeed", *["transformers"] * peers.transformers),
         "steps": steps,
         "tokens_per_step": tokens,
         "precision": config.train.precision,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-        "threads": torch.get_num_threads(),
         "first_step_seconds": {name: times[0] for name, times in seconds.items()},
         "step_seconds": medians,
         "tokens_per_second": {name: tokens / median for name, median in medians.items()},
         "model_tflops_per_second": flops_per_token(config.model, config.seq_len) * tokens / medians["megagpt"] / 1e12,
-        "speedup": {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)},
+        "speedup_over": {name: ratio(times[1:], ours) for name, times in seconds.items() if name != "megagpt"},
     }
 
 
@@ -80,29 +90,82 @@ class _PlainGPT(nn.Module):
         return F.cross_entropy(self.model(input_ids).flatten(0, 1), targets.flatten())
 
 
-def _plain_step(config: RunConfig, micro_batches: list[Batch], device: torch.device) -> Callable[[], object]:
-    model = GPT(config.model).to(device)
-    initialize_weights(model, config.train.seed)
-    heights = partial(stacked_heights, config=config.model)
-    groups = parameter_groups(model, config.optimizer, parameter_kind, heights)
-    optimizer = build_optimizer(groups, config.optimizer, config.train.precision)
-    compiled = torch.compile(_PlainGPT(model)) if config.train.compile else _PlainGPT(model)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.train.precision]
+class _Loops:
+    """Training loops in plain torch, as functions that do one step."""
 
-    def step() -> float:
-        optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), device=device)
-        for batch in micro_batches:
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                loss = compiled(batch.input_ids, batch.targets) / len(micro_batches)
-            loss.backward()
-            total += loss.detach()
-        if config.optimizer.grad_clip:
-            nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.grad_clip)
-        optimizer.step()
-        return total.item()
+    def __init__(self, config: RunConfig, micro_batches: list[Batch], device: torch.device) -> None:
+        self.config, self.micro_batches, self.device = config, micro_batches, device
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[config.train.precision]
+        self.model = GPT(config.model)
+        initialize_weights(self.model, config.train.seed)
 
-    return step
+    def plain(self) -> Callable[[], object]:
+        """Our model."""
+        model = copy.deepcopy(self.model).to(self.device)
+        forward = torch.compile(_PlainGPT(model)) if self.config.train.compile else _PlainGPT(model)
+        return self._step(forward, model, self._optimizer(model), self.dtype)
+
+    def of(self, peers: Peers) -> dict[str, Callable[[], object]]:
+        """Their models, with the weights of ours."""
+        found: dict[str, Callable[[], object]] = {}
+        weights = weights_of(self.model)
+        if peers.nanogpt:
+            for name, compiled in {"nanogpt": False, "nanogpt, compiled": True}.items():
+                model = nanogpt_model(peers.nanogpt, self.config.model, weights).to(self.device)
+                forward = torch.compile(model) if compiled else model
+                settings = self.config.optimizer
+                optimizer = model.configure_optimizers(
+                    settings.weight_decay, settings.lr, settings.betas, self.device.type
+                )
+                dtype = self.dtype if compiled or self.device.type == "cuda" else torch.float32
+                found[name] = self._step(partial(_second, forward), model, optimizer, dtype)
+        if peers.transformers:
+            for name, compiled in {"transformers": False, "transformers, compiled": True}.items():
+                model = transformers_model(self.config.model, weights, torch.float32).to(self.device).train()
+                loss = partial(_logits_loss, torch.compile(model) if compiled else model)
+                found[name] = self._step(loss, model, self._plain_adamw(model), self.dtype)
+        return found
+
+    def _optimizer(self, model: GPT) -> torch.optim.Optimizer:
+        heights = partial(stacked_heights, config=self.config.model)
+        groups = parameter_groups(model, self.config.optimizer, parameter_kind, heights)
+        return build_optimizer(groups, self.config.optimizer, self.config.train.precision)
+
+    def _plain_adamw(self, model: nn.Module) -> torch.optim.Optimizer:
+        settings = self.config.optimizer
+        return torch.optim.AdamW(
+            model.parameters(), settings.lr, settings.betas, settings.eps, settings.weight_decay, fused=True
+        )
+
+    def _step(
+        self,
+        loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        dtype: torch.dtype,
+    ) -> Callable[[], float]:
+        def step() -> float:
+            optimizer.zero_grad(set_to_none=True)
+            total = torch.zeros((), device=self.device)
+            for batch in self.micro_batches:
+                with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+                    loss = loss_of(batch.input_ids, batch.targets) / len(self.micro_batches)
+                loss.backward()
+                total += loss.detach()
+            if self.config.optimizer.grad_clip:
+                nn.utils.clip_grad_norm_(model.parameters(), self.config.optimizer.grad_clip)
+            optimizer.step()
+            return total.item()
+
+        return step
+
+
+def _second(model: Callable[..., Any], input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return model(input_ids, targets)[1]
+
+
+def _logits_loss(model: Callable[..., Any], input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(model(input_ids).logits.flatten(0, 1), targets.flatten())
 
 
 def _random_batch(config: RunConfig, device: torch.device) -> Batch:

@@ -1,0 +1,28 @@
+"""The comparison of training steps, on a tiny model, as a user starts it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def test_a_step_is_compared_with_the_plain_loop_and_transformers(tmp_path: Path):
+    config, output = tmp_path / "tiny.yaml", tmp_path / "out.json"
+    config.write_text(
+        "model: {vocab_size: 101, num_layers: 1, hidden_size: 16, num_attention_heads: 2, max_seq_len: 32}\n"
+        "data: {train: [{path: nowhere}]}\n"
+        "train: {device: cpu, compile: false, global_batch_size: 4, micro_batch_size: 2, precision: bf16}\n"
+    )
+    command = [sys.executable, "-m", "tools.benchmark", "train", str(config), "--steps", "3", "--transformers"]
+    done = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(output.read_text())
+    names = {"megagpt", "plain", "transformers", "transformers, compiled"}
+    assert set(result["step_seconds"]) == names
+    assert set(result["speedup_over"]) == names - {"megagpt"}
+    assert result["tokens_per_step"] == 4 * 32
+    for name, seconds in result["step_seconds"].items():
+        assert result["tokens_per_second"][name] == pytest.approx(128 / seconds)
+    assert "as fast as transformers, compiled (pair by pair: " in done.stdout
