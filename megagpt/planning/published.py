@@ -228,7 +228,7 @@ def _layout(row: Mapping[str, str], source: Source, numbers: Mapping[str, int]) 
     """The layout, and the share of the blocks that is recomputed."""
     checkpointing, recomputed = _checkpointing(row, source)
     virtual = re.search(r"virtual_pp=([0-9]+)|interleaved schedule, ([0-9]+) chunks", row["notes"])
-    fused = {"yes": True, "xla": True, "no": source.fused}.get(row["compile"], source.fused)
+    fused = row["compile"] in ("yes", "xla") or source.fused
     return Layout(
         gpus=numbers["n_gpus"],
         gpus_per_node=_gpus_per_node(row["gpu"], source),

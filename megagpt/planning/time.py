@@ -102,6 +102,7 @@ class _Predictor:
         self._bytes = work.WEIGHT_BYTES[layout.precision]
         self._memory = efficiency.memory * cluster.device.memory_bandwidth
         self._layers = work.stage_layers(model, layout)
+        self._parameters = work.gpu_parameters(model, layout)
 
     def step(self) -> StepTime:
         """All of them."""
@@ -181,7 +182,7 @@ class _Predictor:
         """
         layout, overlap, backward = self._layout, self._efficiency.overlap, 2 / 3 * micro_step
         replicas = layout.data_parallel * layout.context
-        parameters, shards = work.gpu_parameters(self._model, layout), self._shards
+        parameters, shards = self._parameters, self._shards
         if layout.zero_stage == 0:
             reduction = 2 * self._ring(parameters * layout.reduce_bytes, replicas)
             return exposed(reduction, backward, overlap), 0.0
@@ -210,20 +211,20 @@ class _Predictor:
 
     def _optimizer(self) -> float:
         layout = self._layout
-        parameters = work.gpu_parameters(self._model, layout)
-        accumulated = parameters * layout.micro_steps * (self._bytes + 2 * layout.reduce_bytes) / self._memory
+        accumulated = self._parameters * layout.micro_steps * (self._bytes + 2 * layout.reduce_bytes) / self._memory
         if layout.offload_optimizer:
             return accumulated
-        return accumulated + self._owned(parameters) * _ADAM_BYTES / self._memory
+        return accumulated + self._owned * _ADAM_BYTES / self._memory
 
-    def _owned(self, parameters: float) -> float:
+    @property
+    def _owned(self) -> float:
         """Parameters that this GPU updates."""
-        return parameters / self._shards if self._layout.zero_stage else parameters
+        return self._parameters / self._shards if self._layout.zero_stage else self._parameters
 
     def _offload(self) -> float:
         """Gradients to the host, AdamW there, weights back; with offloaded weights those too, in each micro-step."""
         layout = self._layout
-        owned = self._owned(work.gpu_parameters(self._model, layout))
+        owned = self._owned
         host = self._cluster.device.host_bandwidth
         seconds = 0.0
         if layout.offload_optimizer:
