@@ -38,11 +38,13 @@ _TABLE_WIDTH = 140
 
 
 def main(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A run's configuration: configs/llama_8b.yaml")],
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG", help="A run's configuration: configs/llama_8b.yaml")
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Changes to the configuration.")
     ] = None,
-    gpu: Annotated[str, typer.Option(help="Device: h100-sxm, a100, ...; this: measure this machine's.")] = ("h100-sxm"),
+    gpu: Annotated[str, typer.Option(help="Device: h100-sxm, a100, ...; this: measure this machine's.")] = "h100-sxm",
     gpus: Annotated[str, typer.Option(help="Number of GPUs; several, as 8,64,512, draw scaling curves too.")] = "8",
     nodes_gpus: Annotated[int, typer.Option("--nodes-gpus", min=1, help="GPUs of a node.")] = 8,
     network: Annotated[
@@ -59,6 +61,12 @@ def main(
     find: Annotated[bool, typer.Option("--search", help="Rank all layouts that fit by their throughput.")] = False,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all numbers as JSON.")] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one page with pictures.")] = None,
+    validate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FOLDER", help="Plan nothing: compare with published runs; table, picture, JSON go there."
+        ),
+    ] = None,
 ) -> None:
     """Say what a run needs: memory by part and whether it fits, time of a step, days, cost, checkpoints, failures.
 
@@ -66,6 +74,15 @@ def main(
 
     Example: python -m tools.plan configs/llama_8b.yaml --gpu h100-sxm --gpus 512 --tokens 300B --price 2.5 --search
     """
+    if validate:
+        from megagpt.planning.validation import validate as validate_against_published
+
+        if config:
+            raise UsageError(f"{config}: --validate takes no configuration; leave it out")
+        print(validate_against_published(validate).text())
+        return
+    if config is None:
+        raise UsageError("CONFIG: missing; give a run's configuration, as configs/llama_8b.yaml, or --validate FOLDER")
     loaded = load_config(config, overrides or [])
     counts = parse_counts(gpus, "--gpus")
     machine = _machine(loaded, gpu, nodes_gpus, network, parse_count(host_memory, "--host-memory") / nodes_gpus)
