@@ -27,7 +27,7 @@ from megagpt.planning.report import (
 )
 from megagpt.planning.search import check_possible, curve, search
 from megagpt.planning.units import parse_count, parse_counts, parse_seconds
-from megagpt.scaling.devices import Cluster, find_device, parse_network
+from megagpt.scaling.devices import DEFAULT_NETWORK, Cluster, find_device, parse_network
 from tools.command import run_command, single_command
 
 PROGRAM = "python -m tools.plan"
@@ -49,7 +49,7 @@ def main(
     nodes_gpus: Annotated[int, typer.Option("--nodes-gpus", min=1, help="GPUs of a node.")] = 8,
     network: Annotated[
         str, typer.Option(help="Of one GPU to other nodes: 400gbps (bits) or 50GB/s (bytes).")
-    ] = "400gbps",
+    ] = DEFAULT_NETWORK,
     tokens: Annotated[str | None, typer.Option(help="To train on: 300B; default: what the configuration says.")] = None,
     price: Annotated[float | None, typer.Option(min=0.0, help="Of a GPU for an hour, in any currency.")] = None,
     mtbf: Annotated[

@@ -9,8 +9,10 @@ from typing import Annotated
 import typer
 
 from megagpt.errors import UsageError, UserError
+from megagpt.scaling.devices import DEFAULT_NETWORK, parse_network
 from megagpt.scaling.experiments import StoredStudy, StudyFolder, is_locked, locked
-from megagpt.scaling.report import versions, write_report
+from megagpt.scaling.prediction import Predictor
+from megagpt.scaling.report import DEFAULT_PREDICTOR, versions, write_report
 from megagpt.scaling.slurm import Slurm
 from megagpt.scaling.study import Kind, load_study, plan
 from tools.command import fail, run_command
@@ -67,7 +69,15 @@ def weak(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The --output of a study.")]) -> None:
+def report(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The --output of a study.")],
+    network: Annotated[
+        str, typer.Option(help="For the plan's prediction: of one GPU to other nodes, 400gbps or 50GB/s.")
+    ] = DEFAULT_NETWORK,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure this machine, to predict runs on its CPU or unknown GPU, too.")
+    ] = False,
+) -> None:
     """Draw what a study has measured so far: FOLDER/report/study.html, PNG files, results.json.
 
     Example: python -m tools.scaling report runs/scaling/strong
@@ -79,7 +89,12 @@ def report(folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The --
         from megagpt.scaling.local import settle
 
         settle(study)
-    _report(study)
+    measured = None
+    if measure:
+        from megagpt.planning.measure import measure_device
+
+        measured = measure_device(study.entries[0].stored.run_config().train.precision)
+    _report(study, Predictor(parse_network(network), measured))
 
 
 def _run(kind: Kind, file: Path, output: Path, words: list[str], use_slurm: bool, check: bool) -> None:
@@ -120,8 +135,8 @@ def _run(kind: Kind, file: Path, output: Path, words: list[str], use_slurm: bool
         raise UserError(f"{failed} of {len(folder.entries)} runs failed; the same command tries them again")
 
 
-def _report(folder: StudyFolder) -> None:
-    reported = write_report(folder)
+def _report(folder: StudyFolder, predictor: Predictor = DEFAULT_PREDICTOR) -> None:
+    reported = write_report(folder, predictor)
     for line in [*reported.lines(), str(reported.page)]:
         _say(line)
 

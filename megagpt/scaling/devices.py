@@ -154,6 +154,10 @@ _UNITS = {"b": 1 / 8, "bit": 1 / 8, "bits": 1 / 8, "B": 1.0, "byte": 1.0, "bytes
 _RATE = re.compile(r"\s*([0-9]*\.?[0-9]+)\s*([kKmMgGtT]?)(bits?|bytes?|b|B)(?:/s|ps)\s*", re.ASCII)
 
 
+DEFAULT_NETWORK = "400gbps"
+"""Of a GPU to other nodes, unless a user says otherwise: one InfiniBand NDR card each."""
+
+
 def parse_network(text: str) -> float:
     """Bytes a second of `400gbps`, `400 Gbit/s` or `50GB/s`: the rate of one GPU in one direction.
 

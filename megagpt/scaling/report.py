@@ -18,10 +18,12 @@ import jinja2
 from megagpt.config.yaml12 import dump
 from megagpt.data.atomic import replace_file
 from megagpt.errors import UserError
+from megagpt.scaling.devices import DEFAULT_NETWORK, parse_network
 from megagpt.scaling.experiments import LAUNCHERS, StudyFolder
 from megagpt.scaling.fits import Fit, fit_curve
 from megagpt.scaling.measurements import Curve, Interval, Point, Results, measure
 from megagpt.scaling.pictures import PICTURES, Drawn
+from megagpt.scaling.prediction import Predictor
 from megagpt.training.history import printable
 from megagpt.training.plots import compact
 
@@ -32,6 +34,8 @@ LEARNING_RATES = {
     "sqrt": "The learning rate grows with the square root of the batch (lr_scaling: sqrt).",
     "linear": "The learning rate grows in proportion to the batch (lr_scaling: linear).",
 }
+
+DEFAULT_PREDICTOR = Predictor(parse_network(DEFAULT_NETWORK))
 
 PIXELS_A_REM = 28
 """Of the pictures."""
@@ -44,6 +48,7 @@ class Reported:
     results: Results
     fits: dict[str, Fit]
     extrapolated: dict[str, list[int]]
+    predictor: Predictor
     page: Path
 
     def lines(self) -> list[str]:
@@ -55,12 +60,14 @@ class Reported:
                 rate = compact(point.tokens_per_second.value)
                 efficiency = with_interval(curve.efficiency(point), percent)
                 ranks = f"{point.ranks} rank{'s' * (point.ranks > 1)}"
-                found.append(f"{curve.name}, {ranks}: {seconds} s/step, {rate} tokens/s, efficiency {efficiency}")
+                planned = self.predictor.step_seconds(point)
+                plan = f", planned {digits(planned)} s/step" if planned else ""
+                found.append(f"{curve.name}, {ranks}: {seconds} s/step, {rate} tokens/s, efficiency {efficiency}{plan}")
         titles = {entry.name: entry.title for entry in self.results.folder.entries}
         return found + [f"{titles[name]}: {why}" for name, why in self.results.problems.items()]
 
 
-def write_report(folder: StudyFolder) -> Reported:
+def write_report(folder: StudyFolder, predictor: Predictor = DEFAULT_PREDICTOR) -> Reported:
     """Write study.html, results.json and a PNG file a picture into FOLDER/report.
 
     Pictures of an earlier report go. Raises UserError for damaged metrics or an output that cannot be written.
@@ -70,7 +77,7 @@ def write_report(folder: StudyFolder) -> Reported:
     extrapolated = {curve.name: _further_ranks(folder, curve) for curve in results.curves}
     drawn = Drawn(folder.stored.kind, results.curves, fits, extrapolated)
     pictures = [(picture, content) for picture in PICTURES if (content := picture.render(drawn)) is not None]
-    reported = Reported(results, fits, extrapolated, output / "study.html")
+    reported = Reported(results, fits, extrapolated, predictor, output / "study.html")
     try:
         output.mkdir(parents=True, exist_ok=True)
         for picture in PICTURES:
@@ -143,6 +150,17 @@ def _rule(folder: StudyFolder, curves: list[Curve]) -> list[str]:
     return lines
 
 
+def _plan_rule(reported: Reported) -> list[str]:
+    """What the predictions are, if there are any."""
+    predictor = reported.predictor
+    if not any(predictor.step_seconds(point) for curve in reported.results.curves for point in curve.points):
+        return []
+    gigabits = predictor.network_bytes_per_second * 8 / 1e9
+    devices = "devices without a row in its table are this machine, as measured" if predictor.measured else ""
+    network = f"with {gigabits:,.4g} Gbit/s a GPU between nodes"
+    return [f"Planned: what tools.plan says, {network}{f'; {devices}' if devices else ''}."]
+
+
 def _join(words: list[str]) -> str:
     return " and ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else "".join(words)
 
@@ -156,6 +174,8 @@ COLUMNS = (
     ("Throughput", "tokens/s"),
     ("Speed-up", "over first row"),
     ("Efficiency", "of ideal"),
+    ("Planned step", "s"),
+    ("Planned efficiency", "of ideal"),
     ("Serial share", "Karp-Flatt"),
     ("MFU", ""),
     ("Memory", "GiB, rank 0"),
@@ -163,7 +183,8 @@ COLUMNS = (
 )
 
 
-def _point_row(curve: Curve, point: Point, kind: str) -> list[Cell]:
+def _point_row(curve: Curve, point: Point, kind: str, predictor: Predictor) -> list[Cell]:
+    planned, planned_efficiency = predictor.step_seconds(point), predictor.efficiency(curve, point)
     memory, straggler, mfu = (point.mean(name) for name in ("peak_memory_bytes", "straggler_ratio", "mfu"))
     serial = curve.serial_share(point) if kind == "strong" else None
     return [
@@ -175,6 +196,8 @@ def _point_row(curve: Curve, point: Point, kind: str) -> list[Cell]:
         _cell(point.tokens_per_second, compact),
         (f"{curve.speedup(point):.2f}", ""),
         _cell(curve.efficiency(point), percent),
+        (UNKNOWN if planned is None else digits(planned), ""),
+        (UNKNOWN if planned_efficiency is None else percent(planned_efficiency), ""),
         (UNKNOWN if serial is None else percent(serial), ""),
         (UNKNOWN if mfu is None else percent(mfu), ""),
         (UNKNOWN if memory is None else f"{memory / 2**30:.2f}", ""),
@@ -182,9 +205,9 @@ def _point_row(curve: Curve, point: Point, kind: str) -> list[Cell]:
     ]
 
 
-def _table(curve: Curve, kind: str) -> tuple[list[tuple[str, str]], list[list[Cell]]]:
+def _table(curve: Curve, kind: str, predictor: Predictor) -> tuple[list[tuple[str, str]], list[list[Cell]]]:
     """Columns and rows of a curve; a column of which nothing is known is left out."""
-    rows = [_point_row(curve, point, kind) for point in curve.points]
+    rows = [_point_row(curve, point, kind, predictor) for point in curve.points]
     shown = [place for place in range(len(COLUMNS)) if any(row[place][0] != UNKNOWN for row in rows)]
     return [COLUMNS[place] for place in shown], [[row[place] for place in shown] for row in rows]
 
@@ -246,8 +269,8 @@ def _to_html(reported: Reported, pictures: list[tuple[Any, bytes]]) -> str:
     return environment.from_string(source).render(
         title=f"{Path(stored.source).stem}: {stored.kind} scaling",
         source=printable(stored.source),
-        rule=_rule(results.folder, results.curves),
-        curves=[(curve.name, *_table(curve, stored.kind)) for curve in results.curves],
+        rule=[*_rule(results.folder, results.curves), *_plan_rule(reported)],
+        curves=[(curve.name, *_table(curve, stored.kind, reported.predictor)) for curve in results.curves],
         fits=[
             (
                 curve.name,
@@ -288,6 +311,8 @@ def _as_json(reported: Reported) -> dict[str, Any]:
                     "step_seconds": asdict(point.step_seconds.interval),
                     "tokens_per_second": asdict(point.tokens_per_second),
                     "efficiency": asdict(curve.efficiency(point)),
+                    "planned_step_seconds": reported.predictor.step_seconds(point),
+                    "planned_efficiency": reported.predictor.efficiency(curve, point),
                     "parts": point.parts,
                     "mfu": point.mean("mfu"), "peak_memory_bytes": point.mean("peak_memory_bytes"),
                     "straggler_ratio": point.mean("straggler_ratio"), "shared_cores": point.shared_cores,
