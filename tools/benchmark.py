@@ -70,6 +70,32 @@ def train(
 
 
 @app.command()
+def growth(
+    config: Annotated[str, typer.Argument(help="Configuration of a run; its data is not read.")] = "configs/small.yaml",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Changes to the configuration.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Counted steps of each size, after two that do not count.")] = 5,
+    plot: Annotated[Path | None, typer.Option(help="Draw it, as a PNG file.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file too.")] = None,
+) -> None:
+    """How a training step's time grows with sequence length, depth, width and batch: half to four times each.
+
+    Example: python -m tools.benchmark growth configs/small.yaml train.global_batch_size=8 --plot growth.png
+    """
+    run_config = load_config(config, overrides or [])
+    console = Console(highlight=False, soft_wrap=True)
+    with joined(discover(), run_config.train) as (_, device):
+        from megagpt.benchmark.growth import as_json, draw, measure_growth
+
+        found = measure_growth(run_config, steps, device, console.print)
+        if plot:
+            plot.parent.mkdir(parents=True, exist_ok=True)
+            draw(found, plot)
+        _write(as_json(found, device), output)
+
+
+@app.command()
 def corpus(
     parts: Annotated[str, typer.Option(help=f"What to measure, separated by commas: {', '.join(PARTS)}.")] = ",".join(
         PARTS

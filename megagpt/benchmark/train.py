@@ -50,7 +50,7 @@ def compare(
     """
     if dist.get_world_size() > 1:
         raise UsageError("the comparison is of one process; start it without a launcher")
-    batch = _random_batch(config, device)
+    batch = random_batch(config, device)
     micro_batch_size, accumulation_steps = check_batch(config.train.global_batch_size, config.train.micro_batch_size, 1)
     micro_batches = [batch[i : i + micro_batch_size] for i in range(0, len(batch), micro_batch_size)]
     loops = _Loops(config, micro_batches, device)
@@ -168,7 +168,7 @@ def _logits_loss(model: Callable[..., Any], input_ids: torch.Tensor, targets: to
     return F.cross_entropy(model(input_ids).logits.flatten(0, 1), targets.flatten())
 
 
-def _random_batch(config: RunConfig, device: torch.device) -> Batch:
+def random_batch(config: RunConfig, device: torch.device) -> Batch:
     """Random tokens: the time of a step does not depend on which they are."""
     generator = torch.Generator().manual_seed(0)
     shape = (config.train.global_batch_size, config.seq_len + 1)
