@@ -18,7 +18,7 @@ define create_environment
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help setup wheels quickstart test slurm lint benchmark soak format clean
+.PHONY: help setup wheels quickstart test slurm lint benchmark benchmark-gpu soak format clean
 .DELETE_ON_ERROR:
 
 help: ## this list
@@ -62,6 +62,18 @@ lint: setup ## ruff (lint and format) and mypy
 
 benchmark: setup ## a training step side by side with a plain torch loop
 	@$(BIN)/python -m tools.benchmark train configs/small.yaml
+
+GPU_RESULTS ?= runs/benchmark
+benchmark-gpu: setup ## on a GPU: its tests, then training, what each lever gives, and sampling
+	$(BIN)/python -m pytest -m gpu tests/gpu
+	$(BIN)/python -m tools.benchmark train configs/gpt2_124m.yaml train.global_batch_size=32 train.micro_batch_size=32 \
+	  --steps 20 --against train.compile=false --against model.vocab_multiple_of=128 \
+	  --against parallel.zero_stage=0 --output $(GPU_RESULTS)/train_124m.json
+	$(BIN)/python -m tools.benchmark train configs/gpt3_1.3b.yaml train.global_batch_size=8 train.micro_batch_size=8 \
+	  --steps 10 --against train.activation_checkpointing=true --output $(GPU_RESULTS)/train_1.3b.json
+	$(BIN)/python -m tools.benchmark train configs/llama_8b.yaml model.num_layers=8 data.seq_len=4096 \
+	  train.global_batch_size=4 train.micro_batch_size=4 --steps 10 --output $(GPU_RESULTS)/train_8b_8_layers.json
+	$(BIN)/python -m tools.benchmark generate --rows 1,8,64 --output $(GPU_RESULTS)/generate.json
 
 soak: setup ## preprocessing under 40 kills; half an hour of training under kills, hangs and changing ranks
 	@$(BIN)/python -m pytest tests/distributed/test_preprocess_faults.py -k random_moments --kills 40

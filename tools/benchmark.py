@@ -46,21 +46,34 @@ def train(
     nanogpt: Annotated[
         Path | None, typer.Option(help="The model.py of a checkout of nanoGPT, to compare with.")
     ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(help="Compare with this configuration changed: 'section.key=value ...'; may be given repeatedly."),
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file too.")] = None,
 ) -> None:
     """A training step against a plain torch loop: same model, compiled as a whole, autocast, full logits, fused AdamW.
 
-    Example: python -m tools.benchmark train configs/small.yaml train.global_batch_size=8 --steps 5
+    Example: python -m tools.benchmark train configs/small.yaml train.global_batch_size=8 --against train.compile=false
     """
     run_config = load_config(config, overrides or [])
+    variants = {words: load_config(config, [*(overrides or []), *words.split()]) for words in against or []}
+    for words, variant in variants.items():
+        for key in ("global_batch_size", "micro_batch_size"):
+            if getattr(variant.train, key) != getattr(run_config.train, key):
+                raise UsageError(f"--against {words!r}: train.{key} must be that of all contenders")
+        if variant.seq_len != run_config.seq_len:
+            raise UsageError(f"--against {words!r}: the sequence length must be that of all contenders")
     console = Console(highlight=False, soft_wrap=True)
     with joined(discover(), run_config.train) as (_, device):
         from megagpt.benchmark.train import Peers, compare
 
-        result = compare(run_config, steps, device, Peers(transformers, nanogpt), console.print)
+        result = compare(run_config, steps, device, Peers(transformers, nanogpt, variants), console.print)
     seconds, rates = result["step_seconds"], result["tokens_per_second"]
     for name in seconds:
         console.print(f"{name:22} {seconds[name]:.3f} s a step, {rates[name]:,.0f} tokens/s (median of {steps})")
+    if result["mfu"]:
+        console.print(f"MFU {result['mfu']:.1%}, at {result['model_flops_per_second'] / 1e12:,.0f} TFLOP/s")
     for name, speedup in result["speedup_over"].items():
         console.print(
             f"megagpt is {speedup['median']:.2f} x as fast as {name} "

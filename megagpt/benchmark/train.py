@@ -8,8 +8,8 @@ process (A B A B ...), so that whatever else the machine does slows all of them.
 
 import copy
 import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from megagpt.errors import UsageError
 from megagpt.model.counts import flops_per_token
 from megagpt.model.gpt import GPT
 from megagpt.model.init import initialize_weights, parameter_kind, stacked_heights
+from megagpt.scaling.devices import peak_flops
 from megagpt.training.engine import Engine
 from megagpt.training.optimizer import build_optimizer, parameter_groups
 
@@ -39,6 +40,8 @@ class Peers:
     transformers: bool = False
     nanogpt: Path | None = None
     """The model.py of a checkout."""
+    variants: Mapping[str, RunConfig] = field(default_factory=dict)
+    """Ourselves, configured otherwise but with the same batch, by name."""
 
 
 def compare(
@@ -55,17 +58,22 @@ def compare(
     micro_batches = [batch[i : i + micro_batch_size] for i in range(0, len(batch), micro_batch_size)]
     loops = _Loops(config, micro_batches, device)
     contenders = {"plain": loops.plain(), **loops.of(peers)}
-    engine = Engine(config, micro_batch_size, accumulation_steps, device)
-    contenders = {"megagpt": lambda: engine.step(micro_batches, config.optimizer.lr).read(), **contenders}
+    named = {"megagpt": config, **peers.variants}
+    engines = {name: Engine(one, micro_batch_size, accumulation_steps, device) for name, one in named.items()}
+    ours = {name: _engine_step(engine, micro_batches) for name, engine in engines.items()}
+    contenders = {**ours, **contenders}
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for step in range(steps + 1):
         for name, times in take_turns(contenders, 1).items():
             seconds[name] += times
         report(f"step {step}: " + ", ".join(f"{name} {times[-1]:.3f} s" for name, times in seconds.items()))
-    engine.close()
+    for engine in engines.values():
+        engine.close()
     medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
-    ours = seconds["megagpt"][1:]
+    reference = seconds["megagpt"][1:]
     tokens = config.train.global_batch_size * config.seq_len
+    rate = flops_per_token(config.model, config.seq_len) * tokens / medians["megagpt"]
+    peak = peak_flops(torch.cuda.get_device_name(device), config.train.precision) if device.type == "cuda" else None
     return {
         "machine": machine(device, "deepspeed", *["transformers"] * peers.transformers),
         "steps": steps,
@@ -74,8 +82,9 @@ def compare(
         "first_step_seconds": {name: times[0] for name, times in seconds.items()},
         "step_seconds": medians,
         "tokens_per_second": {name: tokens / median for name, median in medians.items()},
-        "model_tflops_per_second": flops_per_token(config.model, config.seq_len) * tokens / medians["megagpt"] / 1e12,
-        "speedup_over": {name: ratio(times[1:], ours) for name, times in seconds.items() if name != "megagpt"},
+        "model_flops_per_second": rate,
+        "mfu": rate / peak if peak else None,
+        "speedup_over": {name: ratio(times[1:], reference) for name, times in seconds.items() if name != "megagpt"},
     }
 
 
@@ -88,6 +97,10 @@ class _PlainGPT(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(self.model(input_ids).flatten(0, 1), targets.flatten())
+
+
+def _engine_step(engine: Engine, micro_batches: list[Batch]) -> Callable[[], object]:
+    return lambda: engine.step(micro_batches, engine.config.optimizer.lr).read()
 
 
 class _Loops:

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from megagpt.errors import UsageError
+from tools.benchmark import train
+
 
 def test_a_step_is_compared_with_the_plain_loop_and_transformers(tmp_path: Path):
     config, output = tmp_path / "tiny.yaml", tmp_path / "out.json"
@@ -16,13 +19,22 @@ def test_a_step_is_compared_with_the_plain_loop_and_transformers(tmp_path: Path)
         "train: {device: cpu, compile: false, global_batch_size: 4, micro_batch_size: 2, precision: bf16}\n"
     )
     command = [sys.executable, "-m", "tools.benchmark", "train", str(config), "--steps", "3", "--transformers"]
+    command += ["--against", "parallel.zero_stage=2 optimizer.grad_clip=0"]
     done = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     result = json.loads(output.read_text())
-    names = {"megagpt", "plain", "transformers", "transformers, compiled"}
+    variant = "parallel.zero_stage=2 optimizer.grad_clip=0"
+    names = {"megagpt", "plain", "transformers", "transformers, compiled", variant}
     assert set(result["step_seconds"]) == names
     assert set(result["speedup_over"]) == names - {"megagpt"}
     assert result["tokens_per_step"] == 4 * 32
     for name, seconds in result["step_seconds"].items():
         assert result["tokens_per_second"][name] == pytest.approx(128 / seconds)
     assert "as fast as transformers, compiled (pair by pair: " in done.stdout
+
+
+def test_a_variant_must_have_the_same_batch():
+    with pytest.raises(
+        UsageError, match=r"--against 'train\.global_batch_size=16': train\.global_batch_size must be that"
+    ):
+        train("configs/small.yaml", against=["train.global_batch_size=16"])
