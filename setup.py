@@ -17,6 +17,7 @@ setup(
         "megagpt": ["py.typed"],
         "megagpt.corpus": ["*.j2"],
         "megagpt.scaling": ["*.j2"],
+        "megagpt.scaling.laws": ["*.j2"],
         "megagpt.training": ["*.j2"],
     },
     python_requires=">=3.10,<3.14",

@@ -191,7 +191,7 @@ class Results:
 
 def measure(folder: StudyFolder) -> Results:
     """Read every finished run of a study; the others, and what cannot be used, are `problems`."""
-    study = folder.stored.study
+    study = folder.stored.timing
     measured: dict[tuple[str, int], list[Measurement]] = {}
     problems: dict[str, str] = {}
     for entry in folder.entries:

@@ -107,7 +107,7 @@ def percent(share: float) -> str:
 
 def _further_ranks(folder: StudyFolder, curve: Curve) -> list[int]:
     """The numbers of ranks to predict; unless the study names them, of a strong one those that can share its batch."""
-    study, last = folder.stored.study, curve.points[-1]
+    study, last = folder.stored.timing, curve.points[-1]
     if study.extrapolate_to:
         measured = [point.ranks for point in curve.points]
         return [count for count in study.extrapolate_to if count not in measured]
@@ -121,7 +121,7 @@ def _further_ranks(folder: StudyFolder, curve: Curve) -> list[int]:
 def _rule(folder: StudyFolder, curves: list[Curve]) -> list[str]:
     """What is held and what grows, in sentences."""
     stored = folder.stored
-    study = stored.study
+    study = stored.timing
     if stored.kind == "strong":
         lines = ["Strong scaling: the global batch is the same on every number of ranks, so a rank's share shrinks."]
     else:
