@@ -10,6 +10,7 @@ import typer
 
 from megagpt.errors import UsageError, UserError
 from megagpt.scaling.experiments import StoredStudy, StudyFolder, is_locked, locked
+from megagpt.scaling.laws.report import check_and_keep_coordinates, write_laws_report
 from megagpt.scaling.laws.study import LawsConfig, load_laws, plan_laws, rung
 from megagpt.scaling.report import versions, write_report
 from megagpt.scaling.slurm import Slurm
@@ -20,9 +21,7 @@ PROGRAM = "python -m tools.scaling"
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
 
-LawsFile = Annotated[
-    Path, typer.Argument(metavar="STUDY", help="A ladder, a YAML file: configs/scaling/laws_cpu.yaml")
-]
+LawsFile = Annotated[Path, typer.Argument(metavar="STUDY", help="A ladder, a YAML file: configs/scaling/laws_cpu.yaml")]
 StudyFile = Annotated[Path, typer.Argument(metavar="STUDY", help="A study, a YAML file: configs/scaling/cpu.yaml")]
 Words = Annotated[
     list[str] | None,
@@ -79,7 +78,7 @@ def laws(
     check: CheckOnly = False,
     coordinates: Annotated[
         bool,
-        typer.Option("--coordinates", help="Check that activations change alike at all widths, and run nothing."),
+        typer.Option("--coordinates", help="Only check, on the CPU, that activations change alike at all widths."),
     ] = False,
 ) -> None:
     """A ladder of model sizes and budgets, the law its losses follow, and the sizes that are best for a budget.
@@ -95,9 +94,15 @@ def laws(
     _check_place(config, entries, options, slurm)
     if check:
         for entry in entries:
-            size, parameters, tokens, flops = rung(config, entry.curve, entry.config)
-            _say(f"{entry.name}: N {parameters:,}, {entry.config.train.steps:,} steps, D {tokens:,}, {flops:.3g} FLOPs, "
-                 f"lr {entry.config.optimizer.lr:.3g}")  # fmt: skip
+            _, parameters, tokens, flops = rung(config, entry.curve, entry.config)
+            steps, lr = entry.config.train.steps, entry.config.optimizer.lr
+            _say(f"{entry.name}: N {parameters:,}, {steps:,} steps, D {tokens:,}, {flops:.3g} FLOPs, lr {lr:.3g}")
+        return
+    if coordinates:
+        with locked(output):
+            folder = StudyFolder.create(output, _stored("laws", study, config, entries, slurm), entries)
+            check_and_keep_coordinates(folder)
+        _report(folder)
         return
     _run("laws", study, config, entries, output, options, slurm)
 
@@ -132,9 +137,7 @@ def _run_timing(kind: Kind, file: Path, output: Path, words: list[str], use_slur
     _run(kind, file, study, entries, output, options, use_slurm)
 
 
-def _check_place(
-    study: StudyConfig | LawsConfig, entries: list[Entry], options: list[str], use_slurm: bool
-) -> None:
+def _check_place(study: StudyConfig | LawsConfig, entries: list[Entry], options: list[str], use_slurm: bool) -> None:
     """Raises UsageError if these runs cannot be started here."""
     if options and not use_slurm:
         raise UsageError(f"{options[0]}: options of sbatch need --slurm")
@@ -157,13 +160,8 @@ def _run(
 ) -> None:
     """What is missing or failed of a study, and its report."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(fail("terminated", 128 + signal.SIGTERM)))
-    launcher = "slurm" if use_slurm else "torchrun"
-    stored = StoredStudy(
-        kind=kind, launcher=launcher, source=str(file), versions=versions(), study=study,
-        entries=[entry.name for entry in entries],
-    )  # fmt: skip
     with locked(output):
-        folder = StudyFolder.create(output, stored, entries)
+        folder = StudyFolder.create(output, _stored(kind, file, study, entries, use_slurm), entries)
         if use_slurm:
             slurm = Slurm(_environment(), options)
             slurm.settle(folder)
@@ -178,8 +176,18 @@ def _run(
         raise UserError(f"{failed} of {len(folder.entries)} runs failed; the same command tries them again")
 
 
+def _stored(
+    kind: Kind, file: Path, study: StudyConfig | LawsConfig, entries: list[Entry], use_slurm: bool
+) -> StoredStudy:
+    """What the folder of a study says of it."""
+    return StoredStudy(
+        kind=kind, launcher="slurm" if use_slurm else "torchrun", source=str(file), versions=versions(), study=study,
+        entries=[entry.name for entry in entries],
+    )  # fmt: skip
+
+
 def _report(folder: StudyFolder) -> None:
-    reported = write_report(folder)
+    reported = write_laws_report(folder) if folder.stored.kind == "laws" else write_report(folder)
     for line in [*reported.lines(), str(reported.page)]:
         _say(line)
 

@@ -58,11 +58,11 @@ class Law:
         by_size = self.A * np.asarray(parameters, dtype=float) ** -self.alpha
         return np.asarray(self.E + by_size + self.B * np.asarray(tokens, dtype=float) ** -self.beta)
 
-    def size_exponent(self, cost: Cost = Cost()) -> float:  # noqa: B008 - it is frozen
+    def size_exponent(self, cost: Cost = Cost()) -> float:
         """a of N = G (C / k)^a."""
         return self.beta / (self.alpha + cost.kappa * self.beta)
 
-    def optimum(self, flops: float, cost: Cost = Cost()) -> Optimum:  # noqa: B008
+    def optimum(self, flops: float, cost: Cost = Cost()) -> Optimum:
         """The compute-optimal N and D for so many FLOPs."""
         power = 1 / (self.alpha + cost.kappa * self.beta)
         log_g = power * np.log(self.alpha * self.A / (cost.kappa * self.beta * self.B))

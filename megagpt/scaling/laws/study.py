@@ -1,10 +1,11 @@
 """A scaling-law study as YAML, and the runs it asks for: every size with every budget, all checked before any starts.
 
-A budget is a number of tokens (the same for every size) or of FLOPs (an IsoFLOP curve: larger models read fewer tokens).
+A budget is a number of tokens (the same for every size) or of FLOPs (an IsoFLOP curve: larger models read fewer).
 Each run has a schedule of its own that ends where its budget does: warm-up for a share of its steps, then a cosine; no
 point is read off another run half-way down. The learning rate goes from size to size by a power law, or by muP.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -71,13 +72,13 @@ class LawsConfig(Section):
     lr: float = Field(gt=0)
     """Peak learning rate of the first size, tuned for it."""
     transfer: Literal["power", "mup"] = "power"
-    """How the other sizes get theirs: power (lr x (N / N of the first size) ^ lr_exponent), or mup (Yang et al. 2022)."""
+    """How the other sizes get theirs: power (lr x (N / first N) ^ lr_exponent) or mup (Yang et al. 2022)."""
     lr_exponent: float = Field(0.0, ge=-2, le=0)
     """With transfer=power: of the power law in the number of parameters; 0: the same rate for all."""
     warmup_share: float = Field(0.05, ge=0, lt=0.5)
     """Share of each run's steps in which its learning rate rises; it falls in all others."""
     count: Literal["all", "body"] = "all"
-    """What N counts: all parameters (Hoffmann et al. 2022), or body, without embeddings and head (Kaplan et al. 2020)."""
+    """What N counts: all parameters (Hoffmann et al. 2022) or body: not embeddings and head (Kaplan et al. 2020)."""
     predict_flops: list[Budget] = Field([])
     """Budgets to give the compute-optimal size for; empty: 1, 10 and 100 times the largest trained."""
     ranks: int = Field(1, gt=0)
@@ -109,7 +110,7 @@ class LawsConfig(Section):
     @field_validator("tokens", "flops", "predict_flops")
     @classmethod
     def _check_ascending(cls, budgets: list[float]) -> list[float]:
-        for earlier, later in zip(budgets, budgets[1:], strict=False):
+        for earlier, later in itertools.pairwise(budgets):
             if later <= earlier:
                 raise ValueError(f"{later:.4g} follows {earlier:.4g}; give the budgets ascending, each once")
         return budgets
@@ -255,15 +256,16 @@ def _budgets(study: LawsConfig, base: RunConfig) -> Iterator[tuple[str, float]]:
 def _unlike(study: LawsConfig, models: dict[str, RunConfig]) -> Iterator[str]:
     """What keeps sizes from standing on one ladder."""
     names = list(models)
-    for smaller, larger in zip(names, names[1:], strict=False):
+    for smaller, larger in itertools.pairwise(names):
         few, many = (study.parameters(models[name].model) for name in (smaller, larger))
         if many <= few:
             yield f"sizes: {larger} ({many:,} parameters) follows {smaller} ({few:,}); give them ascending"
     first = models[names[0]]
     for name in names[1:]:
         if study.transfer == "mup" and models[name].model.head_dim != first.model.head_dim:
-            yield (f"sizes: {name} has heads of {models[name].model.head_dim} and {names[0]} of "
-                   f"{first.model.head_dim}; transfer=mup needs the same, so set model.num_attention_heads")  # fmt: skip
+            there, here = first.model.head_dim, models[name].model.head_dim
+            yield (f"sizes: {name} has heads of {here} and {names[0]} of {there}; transfer=mup needs the same, so set "
+                   "model.num_attention_heads")  # fmt: skip
         if models[name].data != first.data or models[name].seq_len != first.seq_len:
             yield f"sizes: {name} has other data or another length than {names[0]}; losses could not be compared"
     if not first.data.validation:
