@@ -13,6 +13,7 @@ import numpy as np
 from megagpt.scaling.laws.coordinates import PLACES, Coordinates
 from megagpt.scaling.laws.findings import Findings
 from megagpt.scaling.laws.ladder import LadderRun
+from megagpt.scaling.laws.study import short
 from megagpt.scaling.pictures import LINES, MARKERS
 from megagpt.training.plots import LIGHT, Picture, Theme, compact, render
 
@@ -31,7 +32,7 @@ class Drawn:
     findings: Findings
     coordinates: list[Coordinates]
     counted: str
-    """What N counts."""
+    """What N counts, in a word or a few."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ def _draw_loss(drawn: Drawn, theme: Theme) -> "Figure | None":
             axes.plot([run.flops] * 2, [predicted.low, predicted.high], color=theme.ink, linewidth=0.9, marker="_",
                       markersize=6, zorder=3)  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel="validation loss, nats/token")
+    _plain(axes.xaxis, axes.get_xlim(), short)
     _plain(axes.yaxis, axes.get_ylim(), lambda value: f"{value:.3g}")
     _legend(figure, axes)
     return figure
@@ -92,7 +94,7 @@ def _draw_isoflops(drawn: Drawn, theme: Theme) -> "Figure | None":
         color, marker, line = _style(theme, number)
         sizes = np.array([run.parameters for run in curve.runs], dtype=float)
         axes.plot(sizes, [run.loss for run in curve.runs], linestyle="", marker=marker, color=color, markersize=6,
-                  label=f"{curve.flops:.2g} FLOPs")  # fmt: skip
+                  label=f"{short(curve.flops)} FLOPs")  # fmt: skip
         if curve.coefficients is None:
             continue
         span = np.geomspace(sizes[0] / 1.1, sizes[-1] * 1.1, 100)
@@ -133,6 +135,7 @@ def _draw_best_size(drawn: Drawn, theme: Theme) -> "Figure | None":
     axes.set(xscale="log", yscale="log", xlabel="training FLOPs", ylabel=f"parameters N ({drawn.counted})")
     low, high = min(one.value for one in optima), max(one.value for one in optima)
     axes.set_ylim(min(low, *sizes) / 3, max(high, *sizes) * 3)
+    _plain(axes.xaxis, axes.get_xlim(), short)
     _plain(axes.yaxis, axes.get_ylim(), compact)
     _legend(figure, axes)
     return figure
@@ -153,6 +156,7 @@ def _draw_residuals(drawn: Drawn, theme: Theme) -> "Figure | None":
         axes.plot([one.run.flops for one in held], [100 * (one.run.loss / one.predicted.value - 1) for one in held],
                   linestyle="", marker=marker, markersize=7, color=color, markerfacecolor="white")  # fmt: skip
     axes.set(xscale="log", xlabel="training FLOPs", ylabel="measured loss over the law's, %")
+    _plain(axes.xaxis, axes.get_xlim(), short)
     _legend(figure, axes)
     return figure
 
@@ -174,6 +178,7 @@ def _draw_coordinates(drawn: Drawn, theme: Theme) -> "Figure | None":
         axes.set_xticks(found.widths, [str(width) for width in found.widths])
         axes.set_xticks([], minor=True)
     panels[0].set_ylabel("change of activations, RMS")
+    _plain(panels[0].yaxis, panels[0].get_ylim(), lambda value: f"{value:g}")
     _legend(figure, panels[0])
     return figure
 

@@ -19,12 +19,13 @@ from megagpt.scaling.laws.findings import Findings, find
 from megagpt.scaling.laws.fit import COEFFICIENTS
 from megagpt.scaling.laws.law import PUBLISHED
 from megagpt.scaling.laws.pictures import PICTURES, Drawn
+from megagpt.scaling.laws.study import short
 from megagpt.scaling.measurements import Interval
 from megagpt.scaling.report import UNKNOWN, Cell, digits, failures, page_template, with_interval
 from megagpt.training.history import printable
 from megagpt.training.plots import compact
 
-COUNTED = {"all": "all of them", "body": "without embeddings and head"}
+COUNTED = {"all": "all", "body": "without embeddings and head"}
 TRANSFERS = {
     "power": "The learning rate goes from size to size as N^{exponent:g}, from {lr:g} at the first size.",
     "mup": "The learning rate of the first size, {lr:g}, serves all by muP (Yang et al. 2022).",
@@ -56,7 +57,7 @@ class LawsReported:
         for best in found.best:
             size, tokens = with_interval(best.parameters, compact), with_interval(best.tokens, compact)
             loss = with_interval(best.loss, _loss)
-            lines.append(f"best for {best.flops:.3g} FLOPs: N {size}, D {tokens}, loss {loss}")
+            lines.append(f"best for {short(best.flops)} FLOPs: N {size}, D {tokens}, loss {loss}")
         lines += _doubts(found)
         lines += [_coordinates_text(one) for one in self.coordinates]
         return lines + [f"{self.titles[name]}: {why}" for name, why in found.ladder.problems.items()]
@@ -107,10 +108,6 @@ def _loss(value: float) -> str:
     return f"{value:.4f}"
 
 
-def _scientific(value: float) -> str:
-    return f"{value:.3g}"
-
-
 def _cell(interval: Interval, text: Callable[[float], str]) -> Cell:
     return text(interval.value), f"{text(interval.low)} to {text(interval.high)}"
 
@@ -146,7 +143,7 @@ def _doubts(found: Findings) -> list[str]:
     if found.fit and found.cost.misfit > 0.05:
         doubts.append(f"FLOPs a token are not a power law of N, which optima take them for: up to "
                       f"{100 * found.cost.misfit:.0f} % off.")  # fmt: skip
-    doubts += [f"IsoFLOP curve of {curve.flops:.3g} FLOPs: {curve.problem}." for curve in found.isoflops
+    doubts += [f"IsoFLOP curve of {short(curve.flops)} FLOPs: {curve.problem}." for curve in found.isoflops
                if curve.problem]  # fmt: skip
     return doubts
 
@@ -179,7 +176,7 @@ def _run_rows(reported: LawsReported) -> list[list[Cell]]:
         law = float(fit.law.loss(run.parameters, run.tokens)) if fit else None
         rows.append([
             (reported.titles[run.name], ""), (f"{run.parameters:,}", ""), (f"{run.tokens:,}", ""),
-            (f"{run.tokens / run.parameters:.3g}", ""), (_scientific(run.flops), ""), (f"{run.steps:,}", ""),
+            (f"{run.tokens / run.parameters:.3g}", ""), (short(run.flops), ""), (f"{run.steps:,}", ""),
             (f"{run.lr:.3g}", ""), (_loss(run.loss), ""), (UNKNOWN if law is None else _loss(law), ""),
             (f"{100 * (run.loss / law - 1):+.2f} %" if law and fit and number < len(fit.residuals) else UNKNOWN, ""),
         ])  # fmt: skip
@@ -209,7 +206,7 @@ def _held_out_rows(reported: LawsReported) -> list[list[Cell]]:
 
 def _best_rows(found: Findings) -> list[list[Cell]]:
     return [
-        [(_scientific(best.flops), ""), _cell(best.parameters, compact), _cell(best.tokens, compact),
+        [(short(best.flops), ""), _cell(best.parameters, compact), _cell(best.tokens, compact),
          (f"{best.tokens.value / best.parameters.value:.3g}", ""), _cell(best.loss, _loss),
          (UNKNOWN if best.by_isoflop is None else compact(best.by_isoflop), "")]
         for best in found.best
@@ -221,7 +218,7 @@ def _notes(found: Findings) -> list[str]:
     if found.fit is None:
         return []
     notes = [
-        f"A token costs {_scientific(found.cost.k)} N^{found.cost.kappa:.3f} FLOPs on this ladder (a power law through "
+        f"A token costs {digits(found.cost.k)} N^{found.cost.kappa:.3f} FLOPs on this ladder (a power law through "
         f"its sizes, at most {100 * found.cost.misfit:.1f} % off); the usual 6 N holds for large models."
     ]
     if found.size_law:

@@ -248,9 +248,9 @@ def _resolve(
 def _budgets(study: LawsConfig, base: RunConfig) -> Iterator[tuple[str, float]]:
     """(its label, tokens) of every budget of a size."""
     for tokens in study.tokens:
-        yield f"{_short(tokens)} tokens", tokens
+        yield f"{short(tokens)} tokens", tokens
     for flops in study.flops:
-        yield f"{_short(flops)} FLOPs", flops / flops_per_token(base.model, base.seq_len)
+        yield f"{short(flops)} FLOPs", flops / flops_per_token(base.model, base.seq_len)
 
 
 def _unlike(study: LawsConfig, models: dict[str, RunConfig]) -> Iterator[str]:
@@ -275,9 +275,9 @@ def _unlike(study: LawsConfig, models: dict[str, RunConfig]) -> Iterator[str]:
             yield f"data: {source.path}.idx does not exist; make the dataset with tools.preprocess"
 
 
-def _short(number: float) -> str:
+def short(number: float) -> str:
     """2e6 for 2000000."""
-    mantissa, _, exponent = f"{number:.5e}".partition("e")
+    mantissa, _, exponent = f"{number:.2e}".partition("e")
     return f"{float(mantissa):g}e{int(exponent)}"
 
 
