@@ -6,7 +6,7 @@ direction, and L-BFGS stops early (Besiroglu et al. 2024 on the published fit).
 
 Intervals are percentiles of fits to redrawn losses (a parametric bootstrap): the law's own, with normal noise whose
 size is that of the residuals over n - 5 degrees of freedom, and as uncertain as that (chi-square). Runs or residuals
-drawn with replacement, as is usual, give intervals that are too narrow for a dozen runs: such a fit goes through five of
+drawn with replacement, as is usual, give intervals that are too narrow for a dozen runs: the fit goes through five of
 them exactly. A fit of 100 runs takes about half a second of a core, its DRAWS redraws 4.
 """
 

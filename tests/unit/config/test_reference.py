@@ -11,7 +11,7 @@ from tests.forked import run_module
 from tools.config_docs import pages
 
 ROOT = Path(__file__).parents[3]
-NAMES = ("configuration.md", "corpus_configuration.md", "scaling_configuration.md")
+NAMES = ("configuration.md", "corpus_configuration.md", "laws_configuration.md", "scaling_configuration.md")
 
 
 def config_docs(*arguments: str) -> subprocess.CompletedProcess[str]:
