@@ -32,7 +32,7 @@ class Drawn:
     findings: Findings
     coordinates: list[Coordinates]
     counted: str
-    """What N counts, in a word or a few."""
+    """What N counts: all, or body."""
 
 
 @dataclass(frozen=True)

@@ -19,17 +19,13 @@ from megagpt.scaling.laws.findings import Findings, find
 from megagpt.scaling.laws.fit import COEFFICIENTS
 from megagpt.scaling.laws.law import PUBLISHED
 from megagpt.scaling.laws.pictures import PICTURES, Drawn
-from megagpt.scaling.laws.study import short
+from megagpt.scaling.laws.study import LawsConfig, short
 from megagpt.scaling.measurements import Interval
 from megagpt.scaling.report import UNKNOWN, Cell, digits, failures, page_template, with_interval
 from megagpt.training.history import printable
 from megagpt.training.plots import compact
 
-COUNTED = {"all": "all", "body": "without embeddings and head"}
-TRANSFERS = {
-    "power": "The learning rate goes from size to size as N^{exponent:g}, from {lr:g} at the first size.",
-    "mup": "The learning rate of the first size, {lr:g}, serves all by muP (Yang et al. 2022).",
-}
+COUNTED = {"all": "all of them", "body": "without embeddings and head"}
 _COORDINATES = "coordinates.json"
 
 
@@ -72,7 +68,7 @@ def write_laws_report(folder: StudyFolder) -> LawsReported:
     found, coordinates = find(folder), _read_coordinates(folder)
     titles = {entry.name: entry.stored.curve for entry in folder.entries}
     reported = LawsReported(found, coordinates, titles, output / "laws.html")
-    drawn = Drawn(found, coordinates, COUNTED[folder.stored.ladder.count])
+    drawn = Drawn(found, coordinates, folder.stored.ladder.count)
     pictures = [(picture, content) for picture in PICTURES if (content := picture.render(drawn)) is not None]
     try:
         output.mkdir(parents=True, exist_ok=True)
@@ -119,16 +115,24 @@ def _rule(folder: StudyFolder, found: Findings) -> list[str]:
     sentences = [
         f"{len(found.ladder.runs)} of {len(folder.entries)} runs have finished. Each has a schedule of its own: "
         f"warm-up for {100 * study.warmup_share:g} % of its steps, then a cosine to the end of its budget.",
-        TRANSFERS[study.transfer].format(exponent=study.lr_exponent, lr=study.lr),
-        f"N counts parameters, {COUNTED[study.count]}; D counts the tokens of all steps; FLOPs are those of forward "
-        "and backward over D, by megagpt.model.counts. Losses are of the whole validation dataset after the last "
-        "step, in nats a token.",
+        _learning_rates(study),
+        f"N is the number of parameters, {COUNTED[study.count]}; D counts the tokens of all steps; FLOPs are those of "
+        "forward and backward over D, by megagpt.model.counts. Losses are of the whole validation dataset after the "
+        "last step, in nats a token.",
         "Intervals are 95 %.",
     ]
     if seconds:
         sentences.append(f"Runs were started {LAUNCHERS[folder.stored.launcher]}, and took {sum(seconds) / 60:.0f} "
                          "minutes together.")  # fmt: skip
     return sentences
+
+
+def _learning_rates(study: LawsConfig) -> str:
+    if study.transfer == "mup":
+        return f"The learning rate of the first size, {study.lr:g}, serves all by muP (Yang et al. 2022)."
+    if study.lr_exponent:
+        return f"The learning rate goes from size to size as N^{study.lr_exponent:g}, from {study.lr:g} at the first."
+    return f"The learning rate is {study.lr:g} for all sizes, as it is."
 
 
 def _doubts(found: Findings) -> list[str]:
@@ -176,7 +180,7 @@ def _run_rows(reported: LawsReported) -> list[list[Cell]]:
         law = float(fit.law.loss(run.parameters, run.tokens)) if fit else None
         rows.append([
             (reported.titles[run.name], ""), (f"{run.parameters:,}", ""), (f"{run.tokens:,}", ""),
-            (f"{run.tokens / run.parameters:.3g}", ""), (short(run.flops), ""), (f"{run.steps:,}", ""),
+            (digits(run.tokens / run.parameters), ""), (short(run.flops), ""), (f"{run.steps:,}", ""),
             (f"{run.lr:.3g}", ""), (_loss(run.loss), ""), (UNKNOWN if law is None else _loss(law), ""),
             (f"{100 * (run.loss / law - 1):+.2f} %" if law and fit and number < len(fit.residuals) else UNKNOWN, ""),
         ])  # fmt: skip
