@@ -40,8 +40,8 @@ _LAWS_HEAD = """\
 
 <!-- Written by `python -m tools.config_docs` from megagpt/scaling/laws/study.py; change that file and run it again. -->
 
-What `python -m tools.scaling laws` trains is configured by a YAML file (configs/scaling/laws_cpu.yaml, say) and by `key=value`
-arguments, which win; `section.key=value` is a key of the runs' own configuration, for all of them:
+What `python -m tools.scaling laws` trains is configured by a YAML file (configs/scaling/laws_cpu.yaml, say) and by
+`key=value` arguments, which win; `section.key=value` is a key of the runs' own configuration, for all of them:
 
     python -m tools.scaling laws configs/scaling/laws_cpu.yaml --output runs/scaling/laws lr=5e-3 train.seed=1
 """
