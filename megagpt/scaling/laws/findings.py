@@ -65,7 +65,10 @@ def find(folder: StudyFolder) -> Findings:
         fit = fit_law(sample_of(runs))
         sizes = {run.parameters: run.flops_per_token for run in runs}
         cost = Cost.fitted(list(sizes), list(sizes.values()))
-        isoflops = [fit_isoflop(budget, some, fit.noise) for budget, some in ladder.isoflops(study.flops).items()]
+        isoflops = [
+            fit_isoflop(budget, some, fit.noise, seed)
+            for seed, (budget, some) in enumerate(ladder.isoflops(study.flops).items())
+        ]
     size_law = fit_size_law(isoflops)
     best = []
     if fit:

@@ -12,7 +12,7 @@ them exactly. A fit of 100 runs takes about half a second of a core, its DRAWS r
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -35,6 +35,8 @@ _STARTS = 12
 _EXPONENTS = (0.1, 0.25, 0.4, 0.6, 1.0)
 _FLOORS = (0.05, 0.3, 0.6, 0.9)
 _SHARES = (0.02, 0.08, 0.25, 0.7)
+_EXACTLY = {"maxiter": 1000, "ftol": 1e-14, "gtol": 1e-7, "maxcor": 20}
+_ROUGHLY = {"maxiter": 300, "ftol": 1e-9, "gtol": 1e-4, "maxcor": 20}  # enough for an interval
 # Exponents outside mean that the ladder is too short to see the term; log E of -9 is no floor at all.
 _BOUNDS = ((-9.0, None), (-14.0, None), (-14.0, None), (1e-2, 3.0), (1e-2, 3.0))
 
@@ -123,7 +125,7 @@ def fit_law(sample: Sample, draws: int = DRAWS, seed: int = 0) -> LawFit:
     laws = []
     for one in noises:
         losses = np.exp(fitted + one * random.standard_normal(len(fitted)))
-        laws.append(problem.law(problem.solve(losses, [best])))
+        laws.append(problem.law(problem.solve(losses, [best], _ROUGHLY)))
     at_bounds = tuple(
         name for name, value, bounds in zip(COEFFICIENTS, best, _BOUNDS, strict=True)
         if any(bound is not None and abs(value - bound) < 1e-6 for bound in bounds)
@@ -167,13 +169,12 @@ class _Problem:
         value = _huber(special.logsumexp(terms, axis=0) - np.log(losses))[0].sum(axis=1)
         return list(grid[np.argsort(value)[:count]])
 
-    def solve(self, losses: Floats, starts: Sequence[Floats]) -> Floats:
+    def solve(self, losses: Floats, starts: Sequence[Floats], options: Mapping[str, float] = _EXACTLY) -> Floats:
         """The best theta that L-BFGS finds from these starts."""
         logs = np.log(losses)
-        options = {"maxiter": 1000, "ftol": 1e-14, "gtol": 1e-7, "maxcor": 20}
         found = [
             optimize.minimize(
-                self._objective, start, args=(logs,), jac=True, method="L-BFGS-B", bounds=_BOUNDS, options=options
+                self._objective, start, args=(logs,), jac=True, method="L-BFGS-B", bounds=_BOUNDS, options=dict(options)
             )
             for start in starts
         ]

@@ -2,7 +2,8 @@
 2022, approach 2), and the power law N = k C^a through the minima.
 
 It assumes nothing about the law, but needs a minimum between the sizes that were trained. Intervals are percentiles of
-parabolas through losses redrawn with the noise of single runs, as it shows in the residuals of the parametric fit.
+parabolas through losses redrawn with the noise of single runs, as it shows in the residuals of the parametric fit; an
+interval that would leave the range of sizes ends with it.
 """
 
 from collections.abc import Sequence
@@ -27,21 +28,19 @@ class IsoFlop:
     coefficients: Floats | None
     """c2, c1, c0 of loss = c2 x^2 + c1 x + c0, x = ln N; None: fewer than LEAST_SIZES sizes."""
     minima: Floats
-    """ln N of the minimum of each draw, (draws,); NaN where there is none between the sizes."""
+    """ln N of the least loss of each draw between the smallest size and the largest, ends included, (draws,)."""
 
     @property
     def best(self) -> Interval | None:
         """The best N; None: the losses have no minimum between the smallest size and the largest."""
         if self.coefficients is None:
             return None
-        minimum = _minimum(self.coefficients[None], *self._ends())[0]
-        if not np.isfinite(minimum):
+        ends = self._ends()
+        minimum = float(_minima(self.coefficients[None], *ends)[0])
+        if minimum in ends:
             return None
-        # A draw without a minimum between the sizes has it outside: an interval that reaches there ends there.
-        low, high = np.nanpercentile(self.minima, [2.5, 97.5])
-        if np.isnan(self.minima).mean() > 0.025:
-            low, high = self._ends()
-        return Interval(*(float(np.exp(x)) for x in (minimum, min(low, minimum), max(high, minimum))))
+        low, high = np.percentile(self.minima, [2.5, 97.5])
+        return Interval(*(float(np.exp(x)) for x in (minimum, low, high)))
 
     def loss(self, parameters: Floats) -> Floats:
         """Of the parabola, at sizes N."""
@@ -55,8 +54,7 @@ class IsoFlop:
             return f"{len(self.runs)} finished sizes of {LEAST_SIZES} that a parabola needs"
         if self.best is not None:
             return None
-        losses = [run.loss for run in self.runs]
-        side = "smaller" if losses[0] < losses[-1] else "larger"
+        side = "smaller" if _minima(self.coefficients[None], *self._ends())[0] == self._ends()[0] else "larger"
         return f"no minimum between the sizes: train {side} ones, too"
 
     def _ends(self) -> tuple[float, float]:
@@ -80,12 +78,12 @@ def fit_isoflop(flops: float, runs: Sequence[LadderRun], noise: float, seed: int
     """The parabola of one budget. runs: by size ascending. noise: standard deviation of a run's log loss."""
     ordered = sorted(runs, key=lambda run: run.parameters)
     if len(ordered) < LEAST_SIZES:
-        return IsoFlop(flops, ordered, None, np.full(0, np.nan))
+        return IsoFlop(flops, ordered, None, np.zeros(0))
     x, losses = np.log([run.parameters for run in ordered]), np.array([run.loss for run in ordered])
     random = np.random.default_rng(seed)
     drawn = losses * np.exp(noise * random.standard_normal((DRAWS, len(losses))))
     curves = np.polyfit(x, drawn.T, 2).T
-    return IsoFlop(flops, ordered, np.polyfit(x, losses, 2), _minimum(curves, x[0], x[-1]))
+    return IsoFlop(flops, ordered, np.polyfit(x, losses, 2), _minima(curves, x[0], x[-1]))
 
 
 def fit_size_law(curves: Sequence[IsoFlop]) -> SizeLaw | None:
@@ -95,15 +93,15 @@ def fit_size_law(curves: Sequence[IsoFlop]) -> SizeLaw | None:
         return None
     x = np.log([curve.flops for curve in found])
     exponent, log_k = np.polyfit(x, np.log([curve.best.value for curve in found if curve.best]), 1)
-    drawn = np.stack([curve.minima for curve in found])
-    drawn = drawn[:, np.isfinite(drawn).all(axis=0)]
-    exponents = np.polyfit(x, drawn, 1)[0] if drawn.shape[1] > 1 else np.array([exponent])
+    exponents = np.polyfit(x, np.stack([curve.minima for curve in found]), 1)[0]
     low, high = np.percentile(exponents, [2.5, 97.5])
     return SizeLaw(Interval(float(exponent), float(low), float(high)), float(np.exp(log_k)))
 
 
-def _minimum(curves: Floats, low: float, high: float) -> Floats:
-    """x of the minimum of each parabola (curves, 3); NaN where there is none between low and high."""
+def _minima(curves: Floats, low: float, high: float) -> Floats:
+    """x of the least value of each parabola (curves, 3) between low and high: the vertex, or one of these ends."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        x = -curves[:, 1] / (2 * curves[:, 0])
-    return np.where((curves[:, 0] > 0) & (x >= low) & (x <= high), x, np.nan)
+        vertex = -curves[:, 1] / (2 * curves[:, 0])
+    at_low, at_high = (curves @ [x**2, x, 1.0] for x in (low, high))
+    inside = (curves[:, 0] > 0) & (vertex > low) & (vertex < high)
+    return np.where(inside, vertex, np.where(at_low < at_high, low, high))

@@ -147,7 +147,7 @@ def test_minima_of_isoflop_curves_and_their_power_law_are_those_of_the_law():
 def test_noise_widens_the_interval_of_a_minimum():
     runs = isoflop_runs(CHINCHILLA, 1e20)
     narrow, wide = (fit_isoflop(1e20, runs, noise).best for noise in (1e-4, 5e-3))
-    assert wide.high / wide.low > 2 * narrow.high / narrow.low
+    assert np.log(wide.high / wide.low) > 3 * np.log(narrow.high / narrow.low)
 
 
 def test_a_curve_without_a_minimum_between_its_sizes_says_so():
