@@ -18,6 +18,7 @@ setup(
         "megagpt.corpus": ["*.j2"],
         "megagpt.planning": ["*.j2", "data/*"],
         "megagpt.scaling": ["*.j2"],
+        "megagpt.scaling.laws": ["*.j2"],
         "megagpt.training": ["*.j2"],
     },
     python_requires=">=3.10,<3.14",

@@ -8,6 +8,7 @@ import typer
 from megagpt.config.reference import reference
 from megagpt.corpus.config import CorpusConfig
 from megagpt.errors import UserError
+from megagpt.scaling.laws.study import LawsConfig
 from megagpt.scaling.study import StudyConfig
 from tools.command import run_command, single_command
 
@@ -34,6 +35,16 @@ arguments, which win; `section.key=value` is a key of the runs' own configuratio
 
     python -m tools.scaling strong configs/scaling/gpu.yaml --output runs/scaling/gpu repeats=1 train.micro_batch_size=8
 """
+_LAWS_HEAD = """\
+# Configuration of a scaling-law study
+
+<!-- Written by `python -m tools.config_docs` from megagpt/scaling/laws/study.py; change that file and run it again. -->
+
+What `python -m tools.scaling laws` trains is configured by a YAML file (configs/scaling/laws_cpu.yaml, say) and by
+`key=value` arguments, which win; `section.key=value` is a key of the runs' own configuration, for all of them:
+
+    python -m tools.scaling laws configs/scaling/laws_cpu.yaml --output runs/scaling/laws lr=5e-3 train.seed=1
+"""
 
 
 def pages() -> dict[str, str]:
@@ -42,6 +53,7 @@ def pages() -> dict[str, str]:
         "configuration.md": reference(),
         "corpus_configuration.md": reference(CorpusConfig, _CORPUS_HEAD),
         "scaling_configuration.md": reference(StudyConfig, _STUDY_HEAD),
+        "laws_configuration.md": reference(LawsConfig, _LAWS_HEAD),
     }
 
 

@@ -6,9 +6,9 @@ from megagpt.config.schema import ModelConfig
 def weight_differences(there: ModelConfig, here: ModelConfig) -> dict[str, tuple[object, object]]:
     """What of two models differs that changes the shape or the meaning of their weights: key to both values.
 
-    dropout and initializer_range may differ, max_seq_len too where positions have no table.
+    What is for training alone may differ, max_seq_len too where positions have no table.
     """
-    free = {"dropout", "initializer_range"}
+    free = {"dropout", "initializer_range", "mup_base_width"}
     if here.position != "learned":
         free.add("max_seq_len")
     if here.position != "rope":

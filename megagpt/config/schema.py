@@ -64,6 +64,8 @@ class ModelConfig(Section):
     """Dropout probability of embeddings, attention weights and residual branches; a share, 0 to 1."""
     initializer_range: float = Field(0.02, gt=0)
     """Standard deviation of the initial weights; residual projections get it divided by sqrt(2 x num_layers)."""
+    mup_base_width: int | None = Field(None, gt=0)
+    """muP (Yang et al. 2022): lr and initializer_range are meant for this hidden_size, and carry over; null: no muP."""
 
     @field_validator("num_attention_heads")
     @classmethod
@@ -101,6 +103,11 @@ class ModelConfig(Section):
     def without_padding(self) -> "ModelConfig":
         """The same model with as many rows as token ids."""
         return self.model_copy(update={"vocab_multiple_of": 1})
+
+    @property
+    def mup_width_ratio(self) -> float:
+        """How many times wider than muP's base the model is; 1 without muP."""
+        return self.hidden_size / self.mup_base_width if self.mup_base_width else 1.0
 
     @property
     def head_dim(self) -> int:
@@ -460,6 +467,14 @@ class RunConfig(Section):
                 "turn that off, or choose adamw",
             )
         return parallel
+
+    @field_validator("optimizer")
+    @classmethod
+    def _check_mup(cls, optimizer: OptimizerConfig, info: ValidationInfo) -> OptimizerConfig:
+        model = info.data.get("model")
+        if model and model.mup_base_width and optimizer.name == "muon":
+            raise _problem("model.mup_base_width", "muP's rates are AdamW's; leave it out, or choose adamw")
+        return optimizer
 
     @field_validator("train")
     @classmethod

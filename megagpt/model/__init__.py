@@ -6,7 +6,7 @@ Nothing here knows DeepSpeed, process groups or configuration files.
 from megagpt.model.attention import missing_for_flex_attention
 from megagpt.model.counts import flops_per_token, parameter_count
 from megagpt.model.gpt import GPT, compile_attention, compile_blocks, compile_loss, use_flex_attention
-from megagpt.model.init import initialize_weights, parameter_kind, stacked_heights
+from megagpt.model.init import initialize_weights, learning_rate_scale, parameter_kind, stacked_heights
 from megagpt.model.loss import IGNORE_INDEX
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "compile_loss",
     "flops_per_token",
     "initialize_weights",
+    "learning_rate_scale",
     "missing_for_flex_attention",
     "parameter_count",
     "parameter_kind",

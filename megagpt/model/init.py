@@ -2,8 +2,13 @@
 
 Matrices and embeddings are N(0, initializer_range); the projections that write into the residual stream, two a layer,
 are scaled by 1 / sqrt(2 num_layers); biases are 0, norm weights 1. What pads the vocabulary is 0, and stays so, as it
-gets no gradient. Since no generator is shared, sharded and unsharded
-models, and models built in another order, start from the same numbers.
+gets no gradient. Since no generator is shared, sharded and unsharded models, and models built in another order, start
+from the same numbers.
+
+With model.mup_base_width they are muP's (Yang et al. 2022, table 8, for AdamW; heads of one size at all widths): in a
+model r times as wide as the base, matrices inside the blocks start at 1/sqrt(r) of that and learn at 1/r of the rate.
+The output multiplier 1/r is no part of the model: the gain of the last norm starts at 1/r and learns at 1/r of the
+rate, which for Adam is the same thing, so that checkpoints and exports are those of an ordinary model.
 """
 
 import hashlib
@@ -23,6 +28,7 @@ Gather = Callable[[list[nn.Parameter]], AbstractContextManager[Any]]
 VOCABULARY_WEIGHTS = {"embedding.weight", "head.weight"}
 """Parameters with a row for each token id, and maybe rows of padding."""
 
+_LAST_GAIN, _LAST_BIAS = "norm.weight", "norm.bias"
 _RESIDUAL_PROJECTIONS = ("attention.out.weight", "feedforward.down.weight")
 
 
@@ -40,9 +46,11 @@ def initialize_weights(model: GPT, seed: int, gather: Gather = nullcontext) -> N
             if name.endswith("bias"):
                 parameter.zero_()
             elif kind == "norm":
-                parameter.fill_(1.0)
+                parameter.fill_(1.0 / config.mup_width_ratio if name == _LAST_GAIN else 1.0)
             else:
                 std = config.initializer_range
+                if kind == "matrix":
+                    std /= math.sqrt(config.mup_width_ratio)
                 if name.endswith(_RESIDUAL_PROJECTIONS):
                     std /= math.sqrt(2 * config.num_layers)
                 shape = unpadded_shape(name, parameter.shape, config)
@@ -60,6 +68,12 @@ def parameter_kind(name: str) -> Literal["norm", "bias", "embedding", "head", "m
     if module == "head":
         return "head"
     return "embedding" if module.endswith("embedding") else "matrix"
+
+
+def learning_rate_scale(name: str, config: ModelConfig) -> float:
+    """The learning rate of parameter `name` over the run's: 1, but for what muP slows down in wider models."""
+    is_slowed = parameter_kind(name) == "matrix" or name in (_LAST_GAIN, _LAST_BIAS)
+    return 1.0 / config.mup_width_ratio if is_slowed else 1.0
 
 
 def unpadded_shape(name: str, shape: torch.Size, config: ModelConfig) -> torch.Size:

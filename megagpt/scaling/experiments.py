@@ -1,7 +1,7 @@
 """The folder of a scaling study: what it is, its runs, and every attempt at each, failures included.
 
 folder/
-    study.json                the study, whether strong or weak, who starts its runs, the names of the runs
+    study.json                the study, whether strong, weak or laws, who starts its runs, the names of the runs
     entries/NAME/entry.json   one run: ranks, nodes, configuration, and its attempts with what became of them
     entries/NAME/config.yaml  what launch.train is given, with train.run_dir=entries/NAME/attempt_N
     entries/NAME/attempt_N/   a run folder, and output.log
@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from megagpt.config import RunConfig, save_config
 from megagpt.data.atomic import replace_file
 from megagpt.errors import UsageError, UserError
+from megagpt.scaling.laws.study import LawsConfig
 from megagpt.scaling.study import Entry, Kind, StudyConfig
 from megagpt.training.metrics import read_metrics
 
@@ -92,9 +93,21 @@ class StoredStudy(_Stored):
     """The file that the study was read from."""
     versions: dict[str, str]
     """Of the libraries that decide how fast a run is, here."""
-    study: StudyConfig
+    study: StudyConfig | LawsConfig
     entries: list[str]
     """Names of the runs, curve by curve."""
+
+    @property
+    def timing(self) -> StudyConfig:
+        """The study, of a strong or weak one."""
+        assert isinstance(self.study, StudyConfig)
+        return self.study
+
+    @property
+    def ladder(self) -> LawsConfig:
+        """The study, of one of scaling laws."""
+        assert isinstance(self.study, LawsConfig)
+        return self.study
 
 
 class EntryFolder:
@@ -192,7 +205,7 @@ class StudyFolder:
     def open(cls, path: Path) -> "StudyFolder":
         """An existing one. Raises UsageError for a folder without a study, UserError for a damaged one."""
         if not (path / "study.json").is_file():
-            raise UsageError(f"{path}: no study: it has no study.json; give the --output of a `strong` or `weak` study")
+            raise UsageError(f"{path}: no study: it has no study.json; give the --output of a study")
         stored = _read(path / "study.json", StoredStudy)
         entries = [path / "entries" / name for name in stored.entries]
         return cls(path, stored, [EntryFolder(entry, _read(entry / "entry.json", StoredEntry)) for entry in entries])

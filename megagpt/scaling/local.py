@@ -17,12 +17,13 @@ from typing import IO
 from megagpt.config import check_precision
 from megagpt.errors import ConfigError, UserError
 from megagpt.scaling.experiments import Attempt, EntryFolder, StudyFolder, failed_rank_code
+from megagpt.scaling.laws.study import LawsConfig
 from megagpt.scaling.study import Entry, StudyConfig
 
 _GRACE_SECONDS = 5.0  # for the ranks to end by themselves, before they are killed
 
 
-def check_machine(study: StudyConfig, entries: Sequence[Entry]) -> None:
+def check_machine(study: StudyConfig | LawsConfig, entries: Sequence[Entry]) -> None:
     """Raises ConfigError with all that this machine cannot do of these runs."""
     import torch
 

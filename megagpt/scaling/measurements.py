@@ -191,12 +191,12 @@ class Results:
 
 def measure(folder: StudyFolder) -> Results:
     """Read every finished run of a study; the others, and what cannot be used, are `problems`."""
-    study = folder.stored.study
+    study = folder.stored.timing
     measured: dict[tuple[str, int], list[Measurement]] = {}
     problems: dict[str, str] = {}
     for entry in folder.entries:
         if entry.state != "finished":
-            problems[entry.name] = _why_not(entry)
+            problems[entry.name] = why_not(entry)
             continue
         try:
             run = Measurement.of(entry, study.discard_steps)
@@ -240,7 +240,8 @@ def _point(runs: Sequence[Measurement]) -> Point:
                  min(shared, default=None))  # fmt: skip
 
 
-def _why_not(entry: EntryFolder) -> str:
+def why_not(entry: EntryFolder) -> str:
+    """Of a run that has not finished: what became of it."""
     attempt = entry.last
     if attempt is None:
         return "not started yet"

@@ -6,7 +6,6 @@ with what is known of them, and the others count. A study may still be going on.
 
 import base64
 import importlib.metadata
-import importlib.resources
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -114,7 +113,7 @@ def percent(share: float) -> str:
 
 def _further_ranks(folder: StudyFolder, curve: Curve) -> list[int]:
     """The numbers of ranks to predict; unless the study names them, of a strong one those that can share its batch."""
-    study, last = folder.stored.study, curve.points[-1]
+    study, last = folder.stored.timing, curve.points[-1]
     if study.extrapolate_to:
         measured = [point.ranks for point in curve.points]
         return [count for count in study.extrapolate_to if count not in measured]
@@ -128,7 +127,7 @@ def _further_ranks(folder: StudyFolder, curve: Curve) -> list[int]:
 def _rule(folder: StudyFolder, curves: list[Curve]) -> list[str]:
     """What is held and what grows, in sentences."""
     stored = folder.stored
-    study = stored.study
+    study = stored.timing
     if stored.kind == "strong":
         lines = ["Strong scaling: the global batch is the same on every number of ranks, so a rank's share shrinks."]
     else:
@@ -256,17 +255,7 @@ def _prediction_rows(fit: Fit, curve: Curve, ranks: list[int], kind: str) -> lis
 
 def _to_html(reported: Reported, pictures: list[tuple[Any, bytes]]) -> str:
     results, stored = reported.results, reported.results.folder.stored
-    source = importlib.resources.files(__package__).joinpath("study.html.j2").read_text(encoding="utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["base64"] = lambda content: base64.b64encode(content).decode("ascii")
-    environment.filters["width"] = _width
-    attempts = [
-        (entry, attempt) for entry in results.folder.entries for attempt in entry.stored.attempts
-        if attempt.state == "failed"
-    ]  # fmt: skip
-    return environment.from_string(source).render(
+    return page_template("study.html.j2").render(
         title=f"{Path(stored.source).stem}: {stored.kind} scaling",
         source=printable(stored.source),
         rule=[*_rule(results.folder, results.curves), *_plan_rule(reported)],
@@ -283,14 +272,33 @@ def _to_html(reported: Reported, pictures: list[tuple[Any, bytes]]) -> str:
         pictures=pictures,
         problems=[(entry.title, results.problems[entry.name], entry.name) for entry in results.folder.entries
                   if entry.name in results.problems],
-        failures=[
-            (entry.title, attempt.number, UNKNOWN if attempt.exit_code is None else attempt.exit_code,
-             printable(attempt.error or UNKNOWN), printable(str(entry.log(attempt))))
-            for entry, attempt in attempts
-        ],
+        failures=failures(results.folder),
         study=dump(stored.study.model_dump(mode="json")),
         versions=stored.versions,
     )  # fmt: skip
+
+
+def page_template(name: str) -> jinja2.Template:
+    """A template of this package, which may ask for a picture's `base64` and its `width` on the page."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("megagpt.scaling", ""),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["base64"] = lambda content: base64.b64encode(content).decode("ascii")
+    environment.filters["width"] = _width
+    return environment.get_template(name)
+
+
+def failures(folder: StudyFolder) -> list[tuple[str, int, int | str, str, str]]:
+    """(run, attempt, exit code, last error, output) of every failed attempt."""
+    return [
+        (entry.title, attempt.number, UNKNOWN if attempt.exit_code is None else attempt.exit_code,
+         printable(attempt.error or UNKNOWN), printable(str(entry.log(attempt))))
+        for entry in folder.entries for attempt in entry.stored.attempts if attempt.state == "failed"
+    ]  # fmt: skip
 
 
 def _width(png: bytes) -> float:

@@ -25,7 +25,7 @@ from megagpt.config.yaml12 import describe_error, dump, parse
 from megagpt.errors import ConfigError
 from megagpt.training.history import distinct_names
 
-Kind = Literal["strong", "weak"]
+Kind = Literal["strong", "weak", "laws"]
 Ranks = Annotated[int, Field(gt=0)]
 
 LEAST_MEASURED_STEPS = 10

@@ -36,7 +36,7 @@ from megagpt.data.samples import IGNORE_INDEX
 from megagpt.errors import UsageError, UserError
 from megagpt.model.attention import missing_for_flex_attention
 from megagpt.model.gpt import GPT, compile_attention, compile_blocks, compile_loss
-from megagpt.model.init import initialize_weights, parameter_kind, stacked_heights
+from megagpt.model.init import initialize_weights, learning_rate_scale, parameter_kind, stacked_heights
 from megagpt.training.checkpoint import SHARDS
 from megagpt.training.control import PATIENCE
 from megagpt.training.host_syncs import decided_on_device
@@ -133,7 +133,8 @@ class Engine:
             with deepspeed_output_to_log():
                 model = self._build_model(initial_weights)
                 heights = partial(stacked_heights, config=config.model)
-                groups = parameter_groups(model, config.optimizer, parameter_kind, heights)
+                scales = partial(learning_rate_scale, config=config.model)
+                groups = parameter_groups(model, config.optimizer, parameter_kind, heights, scales)
                 self._parameter_names = _names_by_group(model, groups)
                 optimizer = build_optimizer(groups, config.optimizer, config.train.precision)
                 self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.options)
@@ -178,7 +179,7 @@ class Engine:
         """Forward, backward and update over this rank's micro-batches of one global batch."""
         self._engine.train()
         for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group["lr_scale"]
         clock = StepClock(self.device)
         batches = [self._to_device(batch) for batch in micro_batches]
         targets = torch.stack([(batch.targets != IGNORE_INDEX).sum() for batch in batches]).sum()

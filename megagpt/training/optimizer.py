@@ -29,15 +29,16 @@ def parameter_groups(
     config: OptimizerConfig,
     kind_of: Callable[[str], str],
     heights_of: Callable[[str], Sequence[int] | None] = lambda name: None,
+    scale_of: Callable[[str], float] = lambda name: 1.0,
 ) -> list[dict[str, Any]]:
-    """The model's parameters in groups: with and without weight decay, and Muon's if config.name is muon.
+    """The model's parameters in groups: with and without weight decay, by scale, and Muon's if config.name is muon.
 
     kind_of(name): norm, bias, embedding, head or matrix; Muon takes the matrices. heights_of(name): rows of each of
-    the matrices stacked in a parameter, which Muon takes one by one; None if it is one matrix.
+    the matrices stacked in a parameter, which Muon takes one by one; None if it is one matrix. scale_of(name): its
+    learning rate over the run's. It does not scale the decay: that is lr x weight_decay a step for all.
     Groups with no parameters are left out. A shared (tied) parameter appears once, under its first name.
     """
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    others: dict[tuple[bool, float], list[nn.Parameter]] = {}
     hidden: list[nn.Parameter] = []
     matrices: list[list[tuple[int, int]]] = []
     for name, parameter in model.named_parameters():
@@ -47,13 +48,12 @@ def parameter_groups(
             hidden.append(parameter)
             matrices.append([(height, columns) for height in heights_of(name) or [rows]])
         else:
-            (plain if kind in config.no_decay else decayed).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": hidden, _MATRICES: matrices, "decayed": True},
-        {"params": decayed, "decayed": True},
-        {"params": plain, "decayed": False},
-    ]
-    groups = [group for group in groups if group["params"]]
+            others.setdefault((kind not in config.no_decay, scale_of(name)), []).append(parameter)
+    groups: list[dict[str, Any]] = []
+    if hidden:
+        groups.append({"params": hidden, _MATRICES: matrices, "decayed": True, "lr_scale": 1.0})
+    for (decayed, scale), parameters in sorted(others.items(), key=lambda item: item[0], reverse=True):
+        groups.append({"params": parameters, "decayed": decayed, "lr_scale": scale})
     apply_settings(groups, config)
     return groups
 
@@ -61,7 +61,8 @@ def parameter_groups(
 def apply_settings(groups: Sequence[dict[str, Any]], config: OptimizerConfig) -> None:
     """Set in optimizer groups, new or from a checkpoint, all that `config` says but the learning rate."""
     for group in groups:
-        group["weight_decay"] = config.weight_decay if group["decayed"] else 0.0
+        group.setdefault("lr_scale", 1.0)  # older checkpoints have none
+        group["weight_decay"] = config.weight_decay / group["lr_scale"] if group["decayed"] else 0.0
         if _MATRICES in group:
             group["momentum"] = config.muon_momentum
         else:

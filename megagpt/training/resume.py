@@ -161,8 +161,11 @@ def compare(
                 f"cannot resume from {checkpoint}: {difference}; set it as it was{kept}{_permission('schedule')}"
             )
         changes.append(difference)
-    models = (ModelConfig.model_validate(manifest.model) for manifest in (found, expected))
-    if changed := weight_differences(*models):
+    before, here = (ModelConfig.model_validate(manifest.model) for manifest in (found, expected))
+    changed = weight_differences(before, here)
+    if before.mup_base_width != here.mup_base_width:  # the same weights, but other learning rates
+        changed["mup_base_width"] = before.mup_base_width, here.mup_base_width
+    if changed:
         texts = ", ".join(f"model.{key} was {then} and is now {now}" for key, (then, now) in changed.items())
         raise UsageError(f"cannot resume from {checkpoint}: {texts}; give the model as it was")
     return changes

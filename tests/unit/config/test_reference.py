@@ -6,12 +6,13 @@ import pytest
 from megagpt.config.describe import all_keys
 from megagpt.config.schema import RunConfig
 from megagpt.corpus.config import CorpusConfig
+from megagpt.scaling.laws.study import LawsConfig
 from megagpt.scaling.study import StudyConfig
 from tests.forked import run_module
 from tools.config_docs import pages
 
 ROOT = Path(__file__).parents[3]
-NAMES = ("configuration.md", "corpus_configuration.md", "scaling_configuration.md")
+NAMES = ("configuration.md", "corpus_configuration.md", "laws_configuration.md", "scaling_configuration.md")
 
 
 def config_docs(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -23,7 +24,9 @@ def test_the_committed_pages_are_what_the_schemas_give(name):
     assert (ROOT / "docs" / name).read_text(encoding="utf-8") == pages()[name], "run python -m tools.config_docs"
 
 
-@pytest.mark.parametrize(("name", "schema"), list(zip(NAMES, (RunConfig, CorpusConfig, StudyConfig), strict=True)))
+@pytest.mark.parametrize(
+    ("name", "schema"), list(zip(NAMES, (RunConfig, CorpusConfig, LawsConfig, StudyConfig), strict=True))
+)
 def test_every_key_has_a_row_and_a_meaning(name, schema):
     rows = [line for line in pages()[name].splitlines() if line.startswith("| `")]
     for key, _ in all_keys(schema):

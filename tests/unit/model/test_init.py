@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from megagpt.config import ModelConfig
-from megagpt.model import GPT, initialize_weights, parameter_kind
+from megagpt.config.compatibility import weight_differences
+from megagpt.model import GPT, initialize_weights, learning_rate_scale, parameter_kind
 
 CONFIG = ModelConfig(vocab_size=503, num_layers=8, hidden_size=96, num_attention_heads=6, max_seq_len=64)
 LLAMA = CONFIG.model_copy(
@@ -111,3 +112,27 @@ def test_kinds_of_all_parameters():
         module, _, leaf = name.rpartition(".")
         wanted = "head" if module == "head" else expected[type(modules[module]).__name__]
         assert kind == ("bias" if leaf == "bias" and wanted == "matrix" else wanted), name
+
+
+@pytest.mark.parametrize("config", [CONFIG, LLAMA], ids=["gpt2", "llama"])
+def test_mup_narrows_the_matrices_of_the_blocks_and_the_last_gain_only(config):
+    """Yang et al. 2022, table 8: hidden matrices 1/sqrt(r) of the base's; the multiplier 1/r is in the last gain."""
+    base = dict(initialized(config).named_parameters())
+    wide = dict(initialized(config.model_copy(update={"mup_base_width": 24})).named_parameters())
+    for name, parameter in wide.items():
+        factor = 0.5 if parameter_kind(name) == "matrix" else 0.25 if name == "norm.weight" else 1.0
+        assert torch.allclose(parameter, base[name] * factor), name
+        slowed = parameter_kind(name) == "matrix" or name in ("norm.weight", "norm.bias")
+        model = config.model_copy(update={"mup_base_width": 24})
+        assert learning_rate_scale(name, model) == (0.25 if slowed else 1.0), name
+        assert learning_rate_scale(name, config) == 1.0
+
+
+def test_mup_is_no_part_of_what_a_model_computes():
+    """So that checkpoints, exports and decoding need to know nothing of it."""
+    plain = initialized(LLAMA)
+    other = GPT(LLAMA.model_copy(update={"mup_base_width": 24}))
+    other.load_state_dict(plain.state_dict())
+    tokens = torch.randint(503, (2, 16), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(other(tokens), plain(tokens))
+    assert not weight_differences(LLAMA, other.config)

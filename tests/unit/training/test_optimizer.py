@@ -247,3 +247,23 @@ def test_where_muon_cannot_work_it_is_refused_with_the_reason(parallel, words):
     with pytest.raises(ValueError, match=words):
         RunConfig.model_validate(tree)
     RunConfig.model_validate(tree | {"optimizer": {}})
+
+
+def test_scaled_learning_rates_have_groups_of_their_own_and_the_decay_of_all():
+    """A step decays by lr x lr_scale x the group's weight decay: the configuration's in every group."""
+    config = OptimizerConfig(weight_decay=0.1)
+    model = GPT(LLAMA)
+    scales = {"matrix": 0.25}
+    groups = parameter_groups(
+        model, config, parameter_kind, scale_of=lambda name: scales.get(parameter_kind(name), 1.0)
+    )
+    assert [(group["decayed"], group["lr_scale"]) for group in groups] == [(True, 1.0), (True, 0.25), (False, 1.0)]
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    for group in groups:
+        assert group["lr_scale"] * group["weight_decay"] == pytest.approx(0.1 if group["decayed"] else 0.0)
+
+
+def test_groups_of_older_checkpoints_learn_at_the_rate_of_the_run():
+    group = {"params": [], "decayed": True}
+    apply_settings([group], OptimizerConfig(weight_decay=0.3))
+    assert (group["lr_scale"], group["weight_decay"]) == (1.0, 0.3)
