@@ -74,7 +74,7 @@ class Played:
 def play(job: Job, seconds: float, seed: list[int]) -> Played:
     """Run `job` for `seconds`. The same seed gives the same nodes the same failures, whatever else the job has."""
     environment = simpy.Environment()
-    nodes = Nodes(environment, job.nodes + job.spares, job.wear, job.stragglers.slow_share, [*seed, 0])
+    nodes = Nodes(environment, job.nodes + job.spares, job.wear, job.stragglers.slow_share, seconds, [*seed, 0])
     run = _Run(job, environment, nodes, np.random.default_rng([*seed, 1]))
     nodes.user = environment.process(run.live())
     environment.run(until=seconds)
@@ -122,7 +122,7 @@ class _Run:
         while (team := self._job.team(len(self._nodes.whole))) is None:
             yield self._nodes.returned
         self._team = team
-        self._nodes.used = frozenset(sorted(self._nodes.whole)[: team[0]])
+        self._nodes.used = frozenset(self._nodes.whole[: team[0]])
         self._slow = self._nodes.slow()
 
     def _enter(self, phase: str, fails: bool = True) -> None:

@@ -5,6 +5,7 @@ beginning all are whole and of all ages (the rest of a life that began long ago)
 own, so that the same nodes fail at the same times whatever the job does, and with more spares beside them.
 """
 
+import bisect
 import math
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -41,12 +42,20 @@ class Wear:
 
 
 class Nodes:
-    """`count` nodes in a simpy environment."""
+    """`count` nodes in a simpy environment that will be run for `seconds`: those that outlive them are no process."""
 
-    def __init__(self, environment: simpy.Environment, count: int, wear: Wear, slow_share: float, seed: list[int]):
+    def __init__(
+        self,
+        environment: simpy.Environment,
+        count: int,
+        wear: Wear,
+        slow_share: float,
+        seconds: float,
+        seed: list[int],
+    ) -> None:
         self.environment = environment
-        self.whole = set(range(count))
-        """Those that work."""
+        self.whole = list(range(count))
+        """Those that work, in order."""
         self.used: frozenset[int] = frozenset()
         """By the job, which is interrupted when one of them fails."""
         self.user: simpy.Process | None = None
@@ -57,7 +66,8 @@ class Nodes:
         slow = np.random.default_rng([*seed, 2]).random(count) < slow_share
         self._slow = set(np.flatnonzero(slow).tolist())
         for node, life in enumerate(wear.rest_of_life(seed, count).tolist()):
-            environment.process(self._live(node, life))
+            if life < seconds:
+                environment.process(self._live(node, life))
 
     def slow(self) -> int:
         """How many of those in use are slow."""
@@ -68,13 +78,13 @@ class Nodes:
         while True:
             yield self.environment.timeout(life)
             generator = generator or np.random.default_rng([*self._seed, 3, node])
-            self.whole.discard(node)
+            del self.whole[bisect.bisect_left(self.whole, node)]
             if node in self.used:
                 self.used = frozenset()
                 assert self.user is not None
                 self.user.interrupt(node)
             yield self.environment.timeout(self._wear.repair_seconds * generator.standard_exponential())
-            self.whole.add(node)
+            bisect.insort(self.whole, node)
             (self._slow.add if generator.random() < self._slow_share else self._slow.discard)(node)
             self.returned.succeed()
             self.returned = self.environment.event()

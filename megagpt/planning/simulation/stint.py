@@ -53,8 +53,8 @@ def play_stint(
     every, stall, write = saving.every_steps, saving.stall_seconds, saving.write_seconds
     jumped = _sure_checkpoints(seconds, step_seconds, slowest, saving)
     skipped = min(step_seconds * float(slowest.sums(generator, jumped * every, 1)[0]), seconds - write) if jumped else 0
-    begins = skipped + jumped * stall + _begins(
-        seconds - skipped - jumped * stall, step_seconds, slowest, saving, generator
+    begins = (
+        skipped + jumped * stall + _begins(seconds - skipped - jumped * stall, step_seconds, slowest, saving, generator)
     )
     counted = int(np.searchsorted(begins + (write if fails else stall), seconds, side="right"))
     kept = jumped + counted

@@ -13,8 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy.special import log_ndtr, ndtri_exp
 
-EXACT_STEPS = 4096
-"""The sum of more steps is drawn as a normal variable with the mean and variance of that sum (central limit theorem)."""
+EXACT_STEPS = 512
+"""The sum of more steps is drawn as a normal variable with its mean and variance (central limit theorem)."""
 _GRID_POINTS, _GRID_DEVIATIONS = 20_001, 9.0
 
 Floats = npt.NDArray[np.float64]
@@ -72,16 +72,14 @@ class SlowestNode:
         jitter, slowness = self.stragglers.jitter, math.log(self.stragglers.slow_factor)
         if not jitter:
             return (self.stragglers.slow_factor if self.slow else 1.0), 0.0
-        logs = np.linspace(
-            -_GRID_DEVIATIONS * jitter, max(0.0, slowness) + _GRID_DEVIATIONS * jitter, _GRID_POINTS
-        )
+        logs = np.linspace(-_GRID_DEVIATIONS * jitter, max(0.0, slowness) + _GRID_DEVIATIONS * jitter, _GRID_POINTS)
         cumulated = np.exp(self.normal * log_ndtr(logs / jitter) + self.slow * log_ndtr((logs - slowness) / jitter))
         weights, middles = np.diff(cumulated), np.exp((logs[1:] + logs[:-1]) / 2)
         mean = float(weights @ middles)
         return mean, math.sqrt(float(weights @ (middles - mean) ** 2))
 
     def _largest(self, generator: np.random.Generator, nodes: int, steps: int) -> Floats:
-        """The largest of `nodes` factors: the quantile at U^(1/nodes), by its logarithm, -E/nodes with exponential E."""
+        """The largest of `nodes` factors: the quantile at U^(1/nodes), by the logarithm of that, -exponential/nodes."""
         jitter = self.stragglers.jitter
         if not jitter:
             return np.ones(steps)
