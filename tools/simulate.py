@@ -51,6 +51,10 @@ def simulate(
     fewer_nodes: Annotated[
         bool, typer.Option("--fewer-nodes/--wait", help="Without a spare, go on with fewer nodes, or wait.")
     ] = False,
+    preempted_every: Annotated[
+        str | None, typer.Option(help="Mean time between pre-emptions, 7d; default: there are none.")
+    ] = None,
+    preempted_for: Annotated[str, typer.Option(help="How long a pre-empted job is away.")] = "1h",
     checkpoint_every: Annotated[
         str | None, typer.Option(help="Training between two checkpoints, 30min; default: the closed form's best.")
     ] = None,
@@ -81,9 +85,10 @@ def simulate(
     from megagpt.config.loading import load_config
     from megagpt.planning.plan import Circumstances, make_plan, run_layout
     from megagpt.planning.search import check_possible
+    from megagpt.planning.simulation.job import Preemption
     from megagpt.planning.simulation.report import write_report
+    from megagpt.planning.simulation.scenarios import Conditions
     from megagpt.planning.simulation.stragglers import Stragglers
-    from megagpt.planning.simulation.study import Conditions
     from megagpt.planning.simulation.study import simulate as play
     from megagpt.planning.units import parse_count, parse_seconds
     from tools.plan import planned_machine, planned_tokens, storage_rate
@@ -98,6 +103,8 @@ def simulate(
         restart_seconds=parse_seconds(restart, "--restart"),
         storage_bytes_per_second=storage_rate(storage),
     )
+    away = parse_seconds(preempted_for, "--preempted-for")
+    every = parse_seconds(preempted_every, "--preempted-every") if preempted_every else None
     conditions = Conditions(
         spares=spares,
         repair_seconds=parse_seconds(repair, "--repair"),
@@ -106,6 +113,7 @@ def simulate(
         detection_seconds=parse_seconds(detection, "--detection"),
         replacement_seconds=parse_seconds(replacement, "--replacement") if replacement else 0.0,
         fewer_nodes=fewer_nodes,
+        preemption=Preemption(every, away) if every else None,
         every_seconds=parse_seconds(checkpoint_every, "--checkpoint-every") if checkpoint_every else None,
         days=days,
         runs=runs,

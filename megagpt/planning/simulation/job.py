@@ -16,13 +16,26 @@ from megagpt.planning.simulation.nodes import Nodes, Wear
 from megagpt.planning.simulation.stint import Saving, play_stint
 from megagpt.planning.simulation.stragglers import Stragglers, slowest_node
 
-PARTS = ("training", "stragglers", "fewer nodes", "checkpoints", "lost work", "detection", "waiting", "restart")
+PARTS = (
+    "training", "stragglers", "fewer nodes", "checkpoints", "lost work", "detection", "waiting", "pre-empted", "restart"
+)  # fmt: skip
 """Where the time goes. training: kept steps at the plan's step time; stragglers: what they took longer; fewer nodes:
 what they took longer because nodes were missing; checkpoints: stalls; lost work: what failures destroyed; detection:
-until a failure is noticed; waiting: for a node; restart: until training goes on."""
+until a failure is noticed; waiting: for a node; pre-empted: others had the nodes; restart: until training goes on."""
+
+_PREEMPTED = "pre-empted"
 
 Team = tuple[int, float]
 """Nodes to train on, and seconds of a step on them, without stragglers."""
+
+
+@dataclass(frozen=True)
+class Preemption:
+    """Others take the nodes: the job saves a checkpoint, leaves, and comes back."""
+
+    every_seconds: float
+    """Mean time between two, exponential; none while the job does not run."""
+    away_seconds: float
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,7 @@ class Job:
     """From then until training goes on: processes start and read the checkpoint."""
     fewer_nodes: Callable[[int], Team | None] | None = None
     """What a start makes of so many whole nodes, None: nothing, it waits; None: it always waits for all."""
+    preemption: Preemption | None = None
 
     def team(self, whole: int) -> Team | None:
         """That starts where so many nodes are whole; None: it waits."""
@@ -77,6 +91,8 @@ def play(job: Job, seconds: float, seed: list[int]) -> Played:
     nodes = Nodes(environment, job.nodes + job.spares, job.wear, job.stragglers.slow_share, seconds, [*seed, 0])
     run = _Run(job, environment, nodes, np.random.default_rng([*seed, 1]))
     nodes.user = environment.process(run.live())
+    if job.preemption:
+        environment.process(run.preempt(job.preemption, np.random.default_rng([*seed, 2])))
     environment.run(until=seconds)
     run.stop()
     return run.played
@@ -105,17 +121,40 @@ class _Run:
                 yield self._environment.timeout(self._job.start_seconds)
                 self._enter("training")
                 yield self._environment.event()
-            except simpy.Interrupt:
-                self._enter("detection")
-            self.played.interruptions += 1
-            self.played.progress.append((self._environment.now, self.played.seconds["training"]))
-            yield self._environment.timeout(self._job.detection_seconds)
-            replaced = self._job.replacement_seconds
+            except simpy.Interrupt as interrupt:
+                preempted = interrupt.cause == _PREEMPTED
+            yield from self._leave() if preempted else self._notice()
+            replaced = 0.0 if preempted else self._job.replacement_seconds
+
+    def preempt(self, preemption: Preemption, generator: np.random.Generator) -> Generator[simpy.Event, Any, None]:
+        """The process that interrupts the job, if it has nodes."""
+        while True:
+            yield self._environment.timeout(preemption.every_seconds * generator.standard_exponential())
+            if self._nodes.used:
+                self._nodes.used = frozenset()
+                assert self._nodes.user is not None
+                self._nodes.user.interrupt(_PREEMPTED)
 
     def stop(self) -> None:
         """At the end of what is looked at; what is not saved yet is not lost."""
         self._enter("", fails=False)
         self.played.progress.append((self._environment.now, self.played.seconds["training"]))
+
+    def _notice(self) -> Generator[simpy.Event, Any, None]:
+        """After a failure."""
+        self._enter("detection")
+        self.played.interruptions += 1
+        self.played.progress.append((self._environment.now, self.played.seconds["training"]))
+        yield self._environment.timeout(self._job.detection_seconds)
+
+    def _leave(self) -> Generator[simpy.Event, Any, None]:
+        """Save, if there is anything to, which no failure disturbs here, and be away."""
+        assert self._job.preemption is not None
+        if self._phase == "training":
+            self._enter("checkpoints", fails=False)
+            yield self._environment.timeout(self._job.saving.write_seconds)
+        self._enter("pre-empted")
+        yield self._environment.timeout(self._job.preemption.away_seconds)
 
     def _gather(self) -> Generator[simpy.Event, Any, None]:
         """Take nodes, once there are enough."""

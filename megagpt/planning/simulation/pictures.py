@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_HATCHES = ("", "....", "\\\\\\\\", "////", "xxxx", "----", "", "++++")
+_HATCHES = ("", "....", "\\\\\\\\", "////", "xxxx", "----", "||", "oo", "++++")
 _LINES: tuple[Any, ...] = ((0, (1.5, 1.2)), (0, (5, 1.5)), (0, (6, 1.5, 1.5, 1.5)), "-")
 _MINUTE = 60.0
 _DOTS = {"linestyle": "", "markersize": 5}
@@ -48,7 +48,7 @@ def draw(simulation: Simulation) -> list[Drawing]:
                  f"{_saved(simulation)} checkpoints. Of all nodes: spares count as nodes that could have trained.",
                  lambda theme: _draw_spares(simulation, theme)),
         _drawing("progress", "Progress of one run",
-                 "The first run of each scenario; all meet the same failures. Dotted, thin: without any loss.",
+                 "The first run of each scenario; all meet the same failures. Thin: without any loss.",
                  lambda theme: _draw_progress(simulation, theme)),
     ]  # fmt: skip
 
@@ -88,7 +88,7 @@ def _stack(axes: "Axes", outcomes: Sequence[Outcome], parts: Sequence[str], them
 
 def _part_style(part: str, theme: Theme) -> dict[str, Any]:
     place = PARTS.index(part)
-    colors = (theme.paper, *theme.series)
+    colors = (theme.paper, *theme.series[:6], theme.grid, theme.series[6])
     return {"facecolor": colors[place], "hatch": _HATCHES[place], "edgecolor": theme.ink, "linewidth": 0.6}
 
 
@@ -141,7 +141,7 @@ def _draw_spares(simulation: Simulation, theme: Theme) -> "Figure":
         color = theme.series[number]
         _error_bars(axes, spares, values, color)
         axes.plot(spares, [100 * value.value for value in values], color=color, marker=marker, linestyle=line,
-                  linewidth=1.3, markersize=5, label=name)  # fmt: skip
+                  linewidth=1.3, markersize=8 - 4 * number, label=name)  # fmt: skip
     axes.set(xlabel="spare nodes", ylabel="goodput, % of the time", ylim=(0, 104))
     axes.set_xticks(spares)
     axes.legend(loc="lower right")
@@ -153,10 +153,10 @@ def _draw_progress(simulation: Simulation, theme: Theme) -> "Figure":
 
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes, days = figure.subplots(), simulation.conditions.days
-    axes.plot([0, days], [0, days], color=theme.quiet, linewidth=0.7, linestyle=":")
+    axes.plot([0, days], [0, days], color=theme.quiet, linewidth=0.7)
     for number, outcome in enumerate(simulation.outcomes):
         times, trained = np.array(outcome.runs[0].progress).T / DAY
-        axes.plot(times, trained, color=theme.series[number], linewidth=1.5, linestyle=_LINES[-1 - number],
+        axes.plot(times, trained, color=theme.series[number], linewidth=1.5, linestyle=_LINES[number],
                   label=outcome.scenario.name)  # fmt: skip
     axes.set(xlabel="days", ylabel="days of training kept", xlim=(0, days), ylim=(0, days))
     axes.legend(loc="upper left")

@@ -16,7 +16,8 @@ from megagpt.errors import UserError
 from megagpt.planning.report import PIXELS_A_REM, UNKNOWN, layout_text
 from megagpt.planning.simulation.job import PARTS
 from megagpt.planning.simulation.pictures import Drawing, draw
-from megagpt.planning.simulation.study import ENOUGH, Agreement, Outcome, Simulation
+from megagpt.planning.simulation.scenarios import ENOUGH
+from megagpt.planning.simulation.study import Agreement, Outcome, Simulation
 from megagpt.planning.units import duration_text, size_text
 from megagpt.scaling.measurements import Interval
 
@@ -46,11 +47,15 @@ def conditions_lines(simulation: Simulation) -> list[str]:
     same, stragglers = conditions.stragglers.jitter == 0, conditions.stragglers
     slow = f"; {100 * stragglers.slow_share:g} % of nodes slower by {stragglers.slow_factor:g}"
     replaced = f", {duration_text(job.replacement_seconds)} more for another node" if job.replacement_seconds else ""
+    preempted = ""
+    if job.preemption:
+        every, away = (duration_text(value) for value in (job.preemption.every_seconds, job.preemption.away_seconds))
+        preempted = f" Pre-empted every {every} on average, for {away}."
     return [
         f"Nodes: {job.nodes:,}, each with {duration_text(job.wear.mtbf_seconds)} between failures ({law}), back after "
         f"{duration_text(job.wear.repair_seconds)} on average; without a spare {waits}.",
         f"A restart: {duration_text(job.detection_seconds)} until a failure is noticed, "
-        f"{duration_text(job.start_seconds)} until training goes on{replaced}.",
+        f"{duration_text(job.start_seconds)} until training goes on{replaced}.{preempted}",
         f"A step: {duration_text(job.step_seconds)}; "
         + ("nodes are equal" if same else f"a node's varies by {100 * stragglers.jitter:g} % (log-normal)")
         + (slow if stragglers.slow_share else "") + ". A checkpoint: "
@@ -166,7 +171,7 @@ def _agreement(simulation: Simulation) -> Table:
             duration_text(one.every_seconds),
             _percent(one.closed_form),
             _interval(one.simulated, _percent),
-            "yes" if one.agrees else "no",
+            {True: "yes", False: "no", None: "too few failures to say"}[one.agrees],
         ]
         for one in simulation.agreements
     ]
@@ -218,4 +223,5 @@ def _agreement_json(agreement: Agreement) -> dict[str, Any]:
         "every_seconds": agreement.every_seconds,
         "closed_form": agreement.closed_form,
         "as_assumed": asdict(agreement.simulated),
+        "failures": agreement.failures,
     }
