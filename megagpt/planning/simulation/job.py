@@ -82,11 +82,18 @@ class Played:
     @property
     def goodput(self) -> float:
         """Share of the time that trains as planned."""
-        return self.seconds["training"] / sum(self.seconds.values())
+        return self.share("training")
+
+    def share(self, part: str) -> float:
+        """Of the time that went into one of PARTS."""
+        return self.seconds[part] / sum(self.seconds.values())
 
 
 def play(job: Job, seconds: float, seed: list[int]) -> Played:
-    """Run `job` for `seconds`. The same seed gives the same nodes the same failures, whatever else the job has."""
+    """Run `job` for `seconds`, from when it trains for the first time.
+
+    The same seed gives the same nodes the same failures, whatever else the job has.
+    """
     environment = simpy.Environment()
     nodes = Nodes(environment, job.nodes + job.spares, job.wear, job.stragglers.slow_share, seconds, [*seed, 0])
     run = _Run(job, environment, nodes, np.random.default_rng([*seed, 1]))
@@ -109,8 +116,8 @@ class _Run:
         self._slow = 0
 
     def live(self) -> Generator[simpy.Event, Any, None]:
-        """The process: start, train, fail, again and again."""
-        replaced = 0.0
+        """The process: train, fail, start, again and again. The first start is not played."""
+        replaced = started = 0.0
         while True:
             self._enter("waiting")
             yield from self._gather()
@@ -118,13 +125,14 @@ class _Run:
                 if replaced:
                     yield self._environment.timeout(replaced)
                 self._enter("restart")
-                yield self._environment.timeout(self._job.start_seconds)
+                yield self._environment.timeout(started)
                 self._enter("training")
                 yield self._environment.event()
             except simpy.Interrupt as interrupt:
                 preempted = interrupt.cause == _PREEMPTED
             yield from self._leave() if preempted else self._notice()
             replaced = 0.0 if preempted else self._job.replacement_seconds
+            started = self._job.start_seconds
 
     def preempt(self, preemption: Preemption, generator: np.random.Generator) -> Generator[simpy.Event, Any, None]:
         """The process that interrupts the job, if it has nodes."""

@@ -38,7 +38,7 @@ def draw(simulation: Simulation) -> list[Drawing]:
     """All of them, with sweeps."""
     return [
         _drawing("time", "Where the time goes",
-                 "Means of all runs. Below: what is not training, where a spare stands by.",
+                 "Means of all runs. Below: what is not training, of the scenarios with spares if there are any.",
                  lambda theme: _draw_time(simulation, theme)),
         _drawing("interval", "Goodput over the time between checkpoints",
                  "Hollow: runs as the closed form assumes them. Full: under the conditions of this simulation. "
@@ -66,7 +66,7 @@ def _draw_time(simulation: Simulation, theme: Theme) -> "Figure":
     whole.set(xlim=(0, 100), xlabel="% of the time")
     _stack(rest, spared, PARTS[1:], theme)
     lost = max(100 * (1 - outcome.goodput.value) for outcome in spared)
-    rest.set(xlim=(0, 1.25 * lost), xlabel="% of the time, training left out")
+    rest.set(xlim=(0, 1.25 * lost or 1.0), xlabel="% of the time, training left out")
     used = [part for part in PARTS if any(outcome.parts[part].value > 0 for outcome in outcomes)]
     figure.legend([Patch(**_part_style(part, theme)) for part in used], used, loc="outside lower center", ncols=4)
     return figure

@@ -55,12 +55,14 @@ class Outcome:
     @property
     def goodput(self) -> Interval:
         """Share of the time that trains as planned."""
-        return estimate(self.goodputs)
+        return mean_share(self.goodputs)
 
     @property
     def parts(self) -> dict[str, Interval]:
         """Shares of the time by PARTS."""
-        return {part: estimate([run.seconds[part] / sum(run.seconds.values()) for run in self.runs]) for part in PARTS}
+        return {
+            part: mean_share([run.seconds[part] / sum(run.seconds.values()) for run in self.runs]) for part in PARTS
+        }
 
     @property
     def interruptions(self) -> Interval:
@@ -71,8 +73,8 @@ class Outcome:
     def goodput_of_all_nodes(self) -> Interval:
         """The same, spares counted as nodes that could train."""
         job, whole = self.scenario.job, self.goodput
-        share = job.nodes / (job.nodes + job.spares)
-        return Interval(*(share * value for value in (whole.value, whole.low, whole.high)))
+        training = job.nodes / (job.nodes + job.spares)
+        return Interval(*(training * value for value in (whole.value, whole.low, whole.high)))
 
     def gain(self, other: "Outcome") -> Interval:
         """Goodput beyond that of another scenario, run by run."""
@@ -159,6 +161,12 @@ def estimate(values: Sequence[float] | np.ndarray) -> Interval:
     mean, count = float(np.mean(values)), len(values)
     half = float(stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / math.sqrt(count))
     return Interval(mean, mean - half, mean + half)
+
+
+def mean_share(values: Sequence[float] | np.ndarray) -> Interval:
+    """The same of shares, whose mean is in 0 to 1."""
+    whole = estimate(values)
+    return Interval(whole.value, max(0.0, whole.low), min(1.0, whole.high))
 
 
 def spare_counts(spares: int) -> list[int]:
