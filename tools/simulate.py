@@ -68,7 +68,7 @@ def simulate(
     slow_nodes: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of nodes that are slow: 0.005.")] = 0.0,
     slow_factor: Annotated[float, typer.Option(min=1.0, max=100.0, help="How much longer steps take on them.")] = 1.1,
     weibull_shape: Annotated[
-        float, typer.Option(min=0.3, max=10.0, help="Of a node's life; 1: exponential, below: failures in bursts.")
+        float, typer.Option(min=0.3, max=10.0, help="Of a node's life; 1: exponential, below: repaired nodes fail again soon.")
     ] = 1.0,
     runs: Annotated[int, typer.Option(min=2, help="With different random numbers, for the intervals.")] = 20,
     seed: Annotated[int, typer.Option(min=0, help="Of the random numbers.")] = 0,
@@ -80,7 +80,7 @@ def simulate(
 
     With and without asynchronous checkpoints and spare nodes, beside the closed form of python -m tools.plan.
 
-    Example: python -m tools.scaling simulate configs/llama_70b.yaml --gpus 1024 train.global_batch_size=1024
+    Example: python -m tools.scaling simulate configs/llama_70b.yaml --gpus 1024 train.global_batch_size=2048
     """
     from megagpt.config.loading import load_config
     from megagpt.planning.plan import Circumstances, make_plan, run_layout

@@ -24,7 +24,7 @@ class Wear:
     repair_seconds: float
     """Mean time until it is back; 0: at once."""
     shape: float = 1.0
-    """Of the Weibull distribution; 1: exponential; below 1 nodes fail early, or late."""
+    """Of the Weibull distribution; 1: exponential; below 1 nodes fail early or last long."""
 
     def life(self, generator: np.random.Generator) -> float:
         """Seconds of a node that is new."""
