@@ -68,7 +68,7 @@ def simulate(
     slow_nodes: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of nodes that are slow: 0.005.")] = 0.0,
     slow_factor: Annotated[float, typer.Option(min=1.0, max=100.0, help="How much longer steps take on them.")] = 1.1,
     weibull_shape: Annotated[
-        float, typer.Option(min=0.3, max=10.0, help="Of a node's life; 1: exponential, below: repaired nodes fail again soon.")
+        float, typer.Option(min=0.3, max=10.0, help="Of a node's life; 1: exponential, below: fails again soon.")
     ] = 1.0,
     runs: Annotated[int, typer.Option(min=2, help="With different random numbers, for the intervals.")] = 20,
     seed: Annotated[int, typer.Option(min=0, help="Of the random numbers.")] = 0,

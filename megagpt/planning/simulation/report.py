@@ -14,9 +14,10 @@ import jinja2
 from megagpt.data.atomic import replace_file
 from megagpt.errors import UserError
 from megagpt.planning.report import PIXELS_A_REM, UNKNOWN, layout_text
-from megagpt.planning.simulation.job import PARTS
+from megagpt.planning.simulation.job import PARTS, Job
 from megagpt.planning.simulation.pictures import Drawing, draw
 from megagpt.planning.simulation.scenarios import ENOUGH
+from megagpt.planning.simulation.stragglers import Stragglers
 from megagpt.planning.simulation.study import Agreement, Outcome, Simulation
 from megagpt.planning.units import duration_text, size_text
 from megagpt.scaling.measurements import Interval
@@ -40,28 +41,17 @@ def tables(simulation: Simulation) -> list[Table]:
 
 def conditions_lines(simulation: Simulation) -> list[str]:
     """What was played, in sentences."""
-    plan, conditions = simulation.plan, simulation.conditions
-    job = simulation.outcomes[simulation.chosen].scenario.job
+    conditions, job = simulation.conditions, simulation.outcomes[simulation.chosen].scenario.job
     law = "exponential lives" if conditions.shape == 1 else f"Weibull lives of shape {conditions.shape:g}"
     waits = "the run goes on with fewer nodes" if conditions.fewer_nodes else "the run waits"
-    same, stragglers = conditions.stragglers.jitter == 0, conditions.stragglers
-    slow = f"; {100 * stragglers.slow_share:g} % of nodes slower by {stragglers.slow_factor:g}"
-    replaced = f", {duration_text(job.replacement_seconds)} more for another node" if job.replacement_seconds else ""
-    preempted = ""
-    if job.preemption:
-        every, away = (duration_text(value) for value in (job.preemption.every_seconds, job.preemption.away_seconds))
-        preempted = f" Pre-empted every {every} on average, for {away}."
     return [
         f"Nodes: {job.nodes:,}, each with {duration_text(job.wear.mtbf_seconds)} between failures ({law}), back after "
         f"{duration_text(job.wear.repair_seconds)} on average; without a spare {waits}.",
-        f"A restart: {duration_text(job.detection_seconds)} until a failure is noticed, "
-        f"{duration_text(job.start_seconds)} until training goes on{replaced}.{preempted}",
-        f"A step: {duration_text(job.step_seconds)}; "
-        + ("nodes are equal" if same else f"a node's varies by {100 * stragglers.jitter:g} % (log-normal)")
-        + (slow if stragglers.slow_share else "") + ". A checkpoint: "
-        f"{size_text(plan.checkpoint.size)}, written in {duration_text(job.saving.write_seconds)}.",
+        _restart_line(job),
+        f"A step: {duration_text(job.step_seconds)}; {_stragglers(conditions.stragglers)}. A checkpoint: "
+        f"{size_text(simulation.plan.checkpoint.size)}, written in {duration_text(job.saving.write_seconds)}.",
         f"Played: {conditions.days:g} days, {conditions.runs} runs; in brackets: 95 % intervals of the mean.",
-    ]  # fmt: skip
+    ]
 
 
 def verdict(simulation: Simulation) -> str:
@@ -134,6 +124,27 @@ def _page(simulation: Simulation, source: str, pictures: list[Drawing]) -> str:
         enough=f"{100 * ENOUGH:g} %",
         seed=simulation.conditions.seed,
     )
+
+
+def _restart_line(job: Job) -> str:
+    line = (
+        f"A restart: {duration_text(job.detection_seconds)} until a failure is noticed, "
+        f"{duration_text(job.start_seconds)} until training goes on"
+    )
+    if job.replacement_seconds:
+        line += f", {duration_text(job.replacement_seconds)} more for another node"
+    if job.preemption:
+        every, away = (duration_text(value) for value in (job.preemption.every_seconds, job.preemption.away_seconds))
+        line += f". Pre-empted every {every} on average, for {away}"
+    return f"{line}."
+
+
+def _stragglers(stragglers: Stragglers) -> str:
+    jitter = f"a node's varies by {100 * stragglers.jitter:g} % (log-normal)"
+    parts = [jitter] if stragglers.jitter else []
+    if stragglers.slow_share:
+        parts.append(f"{100 * stragglers.slow_share:g} % of nodes take {stragglers.slow_factor:g} times as long")
+    return "; ".join(parts) or "nodes are equal"
 
 
 def _scenarios(simulation: Simulation) -> Table:

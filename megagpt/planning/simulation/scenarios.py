@@ -171,7 +171,8 @@ def _start_seconds(plan: Plan, conditions: Conditions) -> float:
     if restart < detection + reading:
         raise UsageError(
             f"--restart {duration_text(restart)} is less than --detection {duration_text(detection)} and reading the "
-            f"checkpoint ({size_text(plan.checkpoint.size)} in {duration_text(reading)}): give more, or another part"
+            f"checkpoint, {size_text(plan.checkpoint.size)} in {duration_text(reading)}: give --restart "
+            f"{math.ceil((detection + reading) / 60)}min or more"
         )
     return restart - detection
 

@@ -14,7 +14,6 @@ from scipy import stats
 
 from megagpt.errors import UsageError
 from megagpt.planning.plan import Plan
-from megagpt.planning.report import verdict
 from megagpt.planning.simulation.job import PARTS, Job, Played, play
 from megagpt.planning.simulation.scenarios import (
     Conditions,
@@ -27,6 +26,7 @@ from megagpt.planning.simulation.scenarios import (
     make_job,
     node_count,
 )
+from megagpt.planning.units import size_text
 from megagpt.scaling.measurements import Interval
 
 DAY = 86400.0
@@ -139,7 +139,12 @@ def simulate(plan: Plan, conditions: Conditions, sweeps: bool) -> Simulation:
     Raises UsageError for a plan that does not fit, conditions that contradict each other, and too much to play.
     """
     if not plan.fits:
-        raise UsageError(f"{verdict(plan)}; python -m tools.plan --search finds layouts that do")
+        limits = plan.machine.limits
+        raise UsageError(
+            f"does not fit: {size_text(plan.memory.total)} of a GPU's {size_text(limits.device)}, "
+            f"{size_text(plan.memory.host)} of its host's {size_text(limits.host)}; python -m tools.plan --search "
+            "finds layouts that fit"
+        )
     spares = enough_spares(plan, conditions) if conditions.spares is None else conditions.spares
     player = _Player(plan, replace(conditions, spares=spares))
     player.check_length(sweeps)

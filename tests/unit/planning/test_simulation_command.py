@@ -101,6 +101,7 @@ def test_without_spares_there_is_nothing_to_compare_them_with():
         (["--preempted-every", "x"], "--preempted-every 'x' is no duration"),
         (["--storage", "fast"], "--storage 'fast' is no rate"),
         (["--restart", "4min"], "--restart 4 min is less than --detection 5 min and reading the checkpoint"),
+        (["--storage", "100MB/s"], "in 18.7 min: give --restart 24min or more"),
         (["--gpus", "512", "--mtbf", "1min"], "failures to play"),
         (["--runs", "1"], "--runs"),
         (["--days", "0"], "--days"),
