@@ -17,6 +17,7 @@ setup(
         "megagpt": ["py.typed"],
         "megagpt.corpus": ["*.j2"],
         "megagpt.planning": ["*.j2", "data/*"],
+        "megagpt.planning.simulation": ["*.j2"],
         "megagpt.scaling": ["*.j2"],
         "megagpt.scaling.laws": ["*.j2"],
         "megagpt.training": ["*.j2"],
@@ -42,6 +43,7 @@ setup(
         "rich>=13",
         "safetensors>=0.4",
         "scipy>=1.11",
+        "simpy>=4.1",
         "tensorboard>=2.15",
         "tiktoken>=0.13",  # before it, the time for a word grew with the square of its length
         "tokenizers>=0.20",

@@ -85,14 +85,14 @@ def main(
         raise UsageError("CONFIG: missing; give a run's configuration, as configs/llama_8b.yaml, or --validate FOLDER")
     loaded = load_config(config, overrides or [])
     counts = parse_counts(gpus, "--gpus")
-    machine = _machine(loaded, gpu, nodes_gpus, network, parse_count(host_memory, "--host-memory") / nodes_gpus)
+    machine = planned_machine(loaded, gpu, nodes_gpus, network, parse_count(host_memory, "--host-memory") / nodes_gpus)
     check_possible(loaded, machine, counts[-1])
     circumstances = Circumstances(
-        tokens=parse_count(tokens, "--tokens") if tokens else _tokens(loaded),
+        tokens=parse_count(tokens, "--tokens") if tokens else planned_tokens(loaded),
         price=price,
         node_mtbf_seconds=parse_seconds(mtbf, "--mtbf"),
         restart_seconds=parse_seconds(restart, "--restart"),
-        storage_bytes_per_second=_storage(storage),
+        storage_bytes_per_second=storage_rate(storage),
     )
     plan = make_plan(loaded, run_layout(loaded, counts[0], nodes_gpus), machine, circumstances)
     study = Study(
@@ -108,7 +108,7 @@ def main(
         write_html(study, html)
 
 
-def _machine(config: RunConfig, gpu: str, gpus_per_node: int, network: str, host_bytes: float) -> Machine:
+def planned_machine(config: RunConfig, gpu: str, gpus_per_node: int, network: str, host_bytes: float) -> Machine:
     rate = parse_network(network)
     if gpu != MEASURED:
         cluster = Cluster(find_device(gpu), gpus_per_node, rate)
@@ -120,11 +120,11 @@ def _machine(config: RunConfig, gpu: str, gpus_per_node: int, network: str, host
     return Machine(cluster, Limits(cluster.device.memory_bytes, host_bytes), measured.efficiency)
 
 
-def _tokens(config: RunConfig) -> int:
+def planned_tokens(config: RunConfig) -> int:
     return config.train.batches.after_steps(config.train.total_steps(config.seq_len)) * config.seq_len
 
 
-def _storage(text: str) -> float:
+def storage_rate(text: str) -> float:
     try:
         return parse_network(text)
     except UsageError:

@@ -18,6 +18,7 @@ from megagpt.scaling.report import DEFAULT_PREDICTOR, versions, write_report
 from megagpt.scaling.slurm import Slurm
 from megagpt.scaling.study import Entry, Kind, StudyConfig, load_study, plan
 from tools.command import fail, run_command
+from tools.simulate import simulate
 
 PROGRAM = "python -m tools.scaling"
 
@@ -222,6 +223,9 @@ def _environment() -> dict[str, str]:
     """Without the variables of a Slurm job that this process is part of, which its own jobs would take for theirs."""
     foreign = ("SLURM_", "SRUN_", "OMP_NUM_THREADS") if "SLURM_JOB_ID" in os.environ else ()
     return {name: value for name, value in os.environ.items() if name == "SLURM_CONF" or not name.startswith(foreign)}
+
+
+app.command()(simulate)
 
 
 if __name__ == "__main__":
