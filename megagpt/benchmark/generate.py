@@ -18,6 +18,7 @@ from torch import Tensor
 from megagpt.benchmark.peers import nanogpt_model, transformers_model, weights_of
 from megagpt.benchmark.turns import machine, ratio, read_bandwidth, take_turns
 from megagpt.config.schema import ModelConfig
+from megagpt.errors import UsageError
 from megagpt.inference.batch import Batch, Sample, run
 from megagpt.inference.sampling import Sampling, sample_key
 from megagpt.model import GPT
@@ -60,6 +61,10 @@ class GenerateBenchmark:
 
     def _measure(self, name: str, config: ModelConfig, rows: int, bandwidth: float) -> dict[str, Any]:
         config = config.without_padding()
+        if self.prompt_tokens + self.new_tokens > config.max_seq_len + 1:
+            raise UsageError(
+                f"{name}: reads {config.max_seq_len} tokens, fewer than --prompt-tokens and --new-tokens together"
+            )
         model = GPT(config)
         initialize_weights(model, 0)
         weights = weights_of(model)

@@ -22,7 +22,10 @@ def weights_of(model: GPT) -> Weights:
 
 def transformers_model(config: ModelConfig, weights: Weights, dtype: torch.dtype) -> Any:
     """AutoModelForCausalLM of GPT-2 or Llama. Raises UsageError for what they cannot express."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError as error:
+        raise UserError(f"{error}; install it with pip install 'megagpt[export]', or do not compare with it") from error
 
     config, weights = huggingface.expressed(config, weights)
     values = huggingface.config_of(config, dtype, {})

@@ -95,6 +95,11 @@ class Batch:
         run: Callable[[Tensor], Tensor] = _Compiled(self) if compile else self._step
         self._run = _Graphs(run) if self._device.type == "cuda" else run
 
+    @property
+    def max_len(self) -> int:
+        """The most positions that a row can see."""
+        return self._cache.max_len
+
     @torch.no_grad()
     def start(self, samples: dict[int, Sample]) -> None:
         """Give these rows, which must be free, new samples, and read their prompts."""

@@ -4,12 +4,13 @@ from collections.abc import Iterator, Sequence
 
 from megagpt.corpus.chat_template import ChatTemplate
 from megagpt.inference.batch import Batch, longest, run
-from megagpt.inference.generate import drawable
+from megagpt.inference.generate import drawable, positions_needed
 from megagpt.inference.sampling import Sampling, sample_key
 from megagpt.inference.text import TextSample
 from megagpt.model import GPT
 from megagpt.tokenizer import Tokenizer
 
+_LEAST_POSITIONS = 1024
 _END_OF_TURN = {"chatml": ("<|im_end|>",)}
 
 
@@ -32,11 +33,10 @@ class Conversation:
 
         An answer ends before the end-of-document token, one of `stop`, or chatml's <|im_end|>."""
         self.messages: list[dict[str, str]] = []
-        self._model, self._tokenizer, self._template = model, tokenizer, template
+        self._model, self._tokenizer, self._sampling, self._template = model, tokenizer, sampling, template
         self._max_tokens, self._seed, self._turn = max_tokens, seed, 0
         self._stop = (*stop, *_END_OF_TURN.get(template.name, ()))
-        allowed = drawable(tokenizer, model)
-        self._batch = Batch(model, sampling, 1, model.config.max_seq_len, allowed=allowed, compile=bool(compile))
+        self._compile, self._batch = bool(compile), self._row(1)
 
     def say(self, content: str) -> Iterator[str]:
         """Say something; yield the answer as it comes. Raises UsageError for what is longer than the context."""
@@ -45,11 +45,20 @@ class Conversation:
         most = longest(self._model.config, len(prompt_ids), self._max_tokens, slide=False)
         sample = TextSample(prompt_ids, sample_key(self._seed, self._turn), most, self._tokenizer, self._stop)
         self._turn += 1
+        needed = positions_needed(self._model, [sample])
+        if needed > self._batch.max_len:
+            self._batch = self._row(needed)
         shown = 0
         for _ in run(self._batch, iter([sample])):
             yield sample.text[shown:]
             shown = len(sample.text)
         self.messages += [asked, {"role": "assistant", "content": sample.text}]
+
+    def _row(self, positions: int) -> Batch:
+        """For so many positions, or for up to twice as many, so that not every answer needs another one."""
+        room = min(self._model.config.max_seq_len, max(_LEAST_POSITIONS, 1 << (positions - 1).bit_length()))
+        allowed = drawable(self._tokenizer, self._model)
+        return Batch(self._model, self._sampling, 1, room, allowed=allowed, compile=self._compile)
 
     def _prompt(self, asked: dict[str, str]) -> list[int]:
         """The tokens of the conversation, without its oldest exchanges where they leave no room for an answer."""

@@ -7,6 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from megagpt.benchmark.turns import ratio, take_turns
+from megagpt.errors import UsageError, UserError
 from tools.benchmark import app
 
 NANOGPT = """
@@ -78,12 +79,15 @@ def test_all_contenders_draw_and_the_figures_fit_together(config: Path, tmp_path
     [(None, "No such file or directory; give the model.py"), ("x = 1", "has no GPTConfig; give the model.py")],
 )
 def test_what_is_not_nanogpt_is_refused(config: Path, tmp_path: Path, content: str | None, message: str):
-    from megagpt.errors import UserError
-
     if content:
         (tmp_path / "model.py").write_text(content)
     with pytest.raises(UserError, match=message):
         invoke(config, "--nanogpt", tmp_path / "model.py", "--no-transformers", "--new-tokens", "2", "--rows", "1")
+
+
+def test_more_tokens_than_the_model_reads_are_refused(config: Path):
+    with pytest.raises(UsageError, match="tiny: reads 32 tokens, fewer than --prompt-tokens and --new-tokens together"):
+        invoke(config, "--no-transformers")
 
 
 def test_contenders_take_turns_and_ratios_are_of_pairs():
