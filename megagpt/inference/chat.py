@@ -36,7 +36,8 @@ class Conversation:
         self._model, self._tokenizer, self._sampling, self._template = model, tokenizer, sampling, template
         self._max_tokens, self._seed, self._turn = max_tokens, seed, 0
         self._stop = (*stop, *_END_OF_TURN.get(template.name, ()))
-        self._compile, self._batch = bool(compile), self._row(1)
+        self._compile = bool(compile)
+        self._batch = self._row(1)
 
     def say(self, content: str) -> Iterator[str]:
         """Say something; yield the answer as it comes. Raises UsageError for what is longer than the context."""
