@@ -12,6 +12,7 @@ import os
 import resource
 import shutil
 import struct
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -194,16 +195,17 @@ class IndexedDataset:
     def document_of(self, positions: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """The document that each stream position (0 to num_tokens - 1) belongs to.
 
-        A binary search for all positions at once: np.searchsorted would first copy the index, which is unaligned.
+        np.searchsorted would first copy the index, which is unaligned; a memoryview (of a little-endian machine) reads
+        numbers anywhere, and costs less than a binary search by arrays.
         """
         positions = np.asarray(positions, np.int64)
-        low = np.zeros(positions.shape, np.int64)  # a document that begins at or before the position
-        high = np.full(positions.shape, self.num_documents, np.int64)  # a document that begins after it
-        for _ in range(self.num_documents.bit_length()):
-            middle = (low + high) // 2
-            before = self.document_starts(middle) <= positions
-            low, high = np.where(before, middle, low), np.where(before, high, middle)
-        return low
+        begins = memoryview(self.pointers.view(np.uint8)).cast("q")
+        firsts = memoryview(self.document_indices.view(np.uint8)).cast("q")
+        found = []
+        for byte in (positions * self.dtype.itemsize).ravel().tolist():
+            sequence = bisect_right(begins, byte) - 1  # the last one that begins at or before the position
+            found.append(bisect_right(firsts, sequence) - 1)
+        return np.array(found, np.int64).reshape(positions.shape)
 
     def edge_hash(self) -> str:
         """128-bit XXH3 of the first and last 64 KiB of each file: tells datasets apart without reading them whole."""
