@@ -13,6 +13,7 @@ from rich.console import Console
 
 from launch.environment import discover
 from launch.process import joined
+from megagpt.benchmark.checkpoint import CheckpointBenchmark
 from megagpt.benchmark.corpus import PARTS, Benchmark
 from megagpt.benchmark.data import DataBenchmark
 from megagpt.benchmark.generate import GenerateBenchmark
@@ -130,6 +131,25 @@ def data(
     with _scratch(folder) as scratch:
         benchmark = DataBenchmark(scratch, tokens, documents, datasets, repeats, _printer())
         _write(benchmark.run(), output)
+
+
+@app.command()
+def checkpoint(
+    parameters: Annotated[int, typer.Option(min=10_000, help="Of the model, about; 14 bytes of checkpoint each.")] = (
+        85_000_000
+    ),
+    repeats: Annotated[int, typer.Option(min=1, help="Turns that count, after one that does not.")] = 5,
+    folder: Annotated[
+        Path | None, typer.Option(help="Scratch space on the disk to measure, 6 GB by default. [default: the system's]")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file too.")] = None,
+) -> None:
+    """Saving and loading beside a plain copy of files, what an asynchronous save stalls, and another number of ranks.
+
+    Example: python -m tools.benchmark checkpoint --parameters 20000000 --folder /scratch
+    """
+    with _scratch(folder) as scratch:
+        _write(CheckpointBenchmark(scratch, parameters, repeats, _printer()).run(), output)
 
 
 @app.command()
