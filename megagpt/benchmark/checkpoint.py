@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from megagpt.data.loader import Batch
     from megagpt.training.checkpoint import CheckpointManifest
     from megagpt.training.engine import Engine
-    from megagpt.training.saving import CheckpointWriter, SavedCheckpoint
+    from megagpt.training.saving import SavedCheckpoint
 
 Result = dict[str, Any]
 """JSON types."""
@@ -181,7 +182,7 @@ def change_ranks(arguments: Mapping[str, Any]) -> Result:
         marks.append(_now())
         memory = torch.tensor([peak_bytes() - held, held])
         dist.all_reduce(memory, dist.ReduceOp.MAX)
-        verified, converted, loaded = (after - before for before, after in zip(marks, marks[1:], strict=False))
+        verified, converted, loaded = (after - before for before, after in pairwise(marks))
         return {
             "verified": verified,
             "converted": converted,
@@ -198,9 +199,11 @@ class _Ranks:
         from megagpt.training.saving import CheckpointWriter
 
         self.rank, self.folder = rank, Path(arguments["folder"])
+        self.copies = self.folder / f"copies_{rank}"
+        self.copies.mkdir()
         self.engine, self.config = _engine(arguments["parameters"])
         self.batches = _batches(self.config, self.engine)
-        self.writer: CheckpointWriter = CheckpointWriter(self.folder / "checkpoints", self.config.checkpoint.keep)
+        self.writer = CheckpointWriter(self.folder / "checkpoints", self.config.checkpoint.keep)
         self.step = 0
         self.seconds: dict[str, list[float]] = {}
         self._train()
@@ -208,7 +211,9 @@ class _Ranks:
 
     def turn(self) -> None:
         """Everything once."""
+        self._train()
         self._timed("copy", self._copy)
+        self._forget_copies()
         self._train()
         self._note("save", self._save(snapshot=False).seconds)
         self._train()
@@ -216,6 +221,7 @@ class _Ranks:
         self._note("stall", self.saved.stall_seconds)
         self._drop()
         self._timed("copy from disk", self._copy)
+        self._forget_copies()
         self._drop()
         self._timed("load", self._load)
 
@@ -247,13 +253,16 @@ class _Ranks:
         return self.writer.finish(lambda: None)
 
     def _copy(self) -> None:
-        for file in _files(self.saved.path)[self.rank :: RANKS]:
-            target = self.folder / f"copy_{self.rank}"
-            with open(file, "rb") as source, open(target, "wb") as copy:
+        """This rank's share of the files, kept until all are done, as those of a checkpoint are."""
+        for number, file in enumerate(_files(self.saved.path)[self.rank :: RANKS]):
+            with open(file, "rb") as source, open(self.copies / str(number), "wb") as copy:
                 shutil.copyfileobj(source, copy, _BLOCK)
                 copy.flush()
                 os.fsync(copy.fileno())
-            target.unlink()
+
+    def _forget_copies(self) -> None:
+        for copy in self.copies.iterdir():
+            copy.unlink()
 
     def _drop(self) -> None:
         for file in _files(self.saved.path):

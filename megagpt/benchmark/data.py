@@ -160,7 +160,7 @@ class DataBenchmark:
         return TARGETS[target].judge(name, value, self.report, more)
 
     def _write_huge(self) -> str:
-        """`documents` of random lengths that add up to `tokens`: a whole index, and zeros as tokens, not on the disk."""
+        """Documents of random lengths: a whole index, and tokens of zeros that take no disk."""
         prefix = self.folder / "huge"
         ends = np.sort(np.random.default_rng(0).integers(0, self.tokens + 1, self.documents))
         ends[-1] = self.tokens
