@@ -140,7 +140,7 @@ def checkpoint(
     ),
     repeats: Annotated[int, typer.Option(min=1, help="Turns that count, after one that does not.")] = 5,
     folder: Annotated[
-        Path | None, typer.Option(help="Scratch space on the disk to measure, 6 GB by default. [default: the system's]")
+        Path | None, typer.Option(help="Scratch space on the disk to measure, 7 GB by default. [default: the system's]")
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file too.")] = None,
 ) -> None:

@@ -40,6 +40,7 @@ TARGETS = {
 }
 BYTES_PER_PARAMETER = 14
 """Of a checkpoint: fp32 weights, two moments, bf16 weights."""
+_PARTS = ("verified", "converted", "loaded")
 _SEQ_LEN = 32
 _BLOCK = 1 << 22
 _MODULE = "megagpt.benchmark.checkpoint"
@@ -50,7 +51,7 @@ class CheckpointBenchmark:
     """What all measurements are given."""
 
     folder: Path
-    """Scratch space: five checkpoints."""
+    """Scratch space: six checkpoints."""
     parameters: int
     """Of the model, about."""
     repeats: int
@@ -62,7 +63,7 @@ class CheckpointBenchmark:
         """All results; JSON types. UserError: the disk is too small, or a rank failed."""
         from megagpt.benchmark.turns import machine, torch
 
-        needed, free = 5 * BYTES_PER_PARAMETER * self.parameters, shutil.disk_usage(self.folder).free
+        needed, free = 6 * BYTES_PER_PARAMETER * self.parameters, shutil.disk_usage(self.folder).free
         if free < needed:
             raise UserError(
                 f"{self.folder}: {free / 1e9:.1f} GB are free, but {needed / 1e9:.1f} GB are needed; "
@@ -105,17 +106,16 @@ class CheckpointBenchmark:
         return {"stall": {"ratio": judged, "first_seconds": saved["first_stall"]}}
 
     def _change(self, saved: Result, changed: Result) -> Result:
-        parts = ("verified", "converted", "loaded")
-        more = ", ".join(f"{part} in {changed[part]:.1f}" for part in parts)
+        seconds, memory, shard = changed["seconds"], changed["memory_bytes"], saved["largest_shard_bytes"]
+        more = ", ".join(f"{part} in {seconds[part]:.1f}" for part in _PARTS)
         name = f"from {RANKS} to {OTHER_RANKS} ranks"
-        seconds = TARGETS["seconds"].judge(name, sum(changed[part] for part in parts), self.report, more)
-        largest = changed["memory"] / saved["largest_shard_bytes"]
-        more = (
-            f"{changed['memory'] / 1e6:,.0f} MB of {saved['largest_shard_bytes'] / 1e6:,.0f}, beyond the "
-            f"{changed['held'] / 1e6:,.0f} of imports and engine"
-        )
-        memory = TARGETS["memory"].judge("  memory for it on any rank", largest, self.report, more)
-        return {"seconds": seconds, "memory": memory, **changed}
+        judged = TARGETS["seconds"].judge(name, sum(seconds.values()), self.report, more)
+        parts = ", ".join(f"{part} with {memory[part] / 1e6:,.0f}" for part in _PARTS)
+        held = f"{changed['held_bytes'] / 1e6:,.0f} of imports and engine"
+        more = f"{parts} MB beyond the {held}; the shard has {shard / 1e6:,.0f}"
+        name = "  memory for it on the largest rank"
+        largest = TARGETS["memory"].judge(name, max(memory.values()) / shard, self.report, more)
+        return {"total_seconds": judged, "memory": largest, **changed}
 
 
 def model_of(parameters: int) -> "ModelConfig":
@@ -171,24 +171,26 @@ def change_ranks(arguments: Mapping[str, Any]) -> Result:
         checkpoint, folder = Path(arguments["checkpoint"]), Path(arguments["folder"]) / "checkpoints"
         for file in _files(checkpoint):
             _drop_from_cache(file)
-        held = resident_bytes()
+        held, memory, marks = resident_bytes(), [], [_now()]
+
+        def mark() -> None:
+            marks.append(_now())
+            memory.append(peak_bytes() - held)
+            forget_peak()
+
         forget_peak()
-        marks = [_now()]
         verify_checksums(checkpoint, rank, dist.get_world_size())
-        marks.append(_now())
+        mark()
         form = convert_together(checkpoint, folder, Console(quiet=True))
-        marks.append(_now())
+        mark()
         engine.load_universal(form)
-        marks.append(_now())
-        memory = torch.tensor([peak_bytes() - held, held])
-        dist.all_reduce(memory, dist.ReduceOp.MAX)
-        verified, converted, loaded = (after - before for before, after in pairwise(marks))
+        mark()
+        largest = torch.tensor([*memory, held])
+        dist.all_reduce(largest, dist.ReduceOp.MAX)
         return {
-            "verified": verified,
-            "converted": converted,
-            "loaded": loaded,
-            "memory": int(memory[0]),
-            "held": int(memory[1]),
+            "seconds": dict(zip(_PARTS, (after - before for before, after in pairwise(marks)), strict=True)),
+            "memory_bytes": dict(zip(_PARTS, largest.tolist(), strict=False)),
+            "held_bytes": int(largest[-1]),
         }
 
 

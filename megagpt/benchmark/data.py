@@ -20,7 +20,7 @@ import numpy.typing as npt
 from megagpt.benchmark.fresh import call, forget_peak, peak_bytes, resident_bytes
 from megagpt.benchmark.targets import Target
 from megagpt.data.indexed import DTYPES, MAGIC, VERSION, IndexedDataset, bin_path, idx_path
-from megagpt.errors import UserError
+from megagpt.errors import UsageError, UserError
 
 if TYPE_CHECKING:
     from megagpt.data.loader import TrainingData
@@ -46,6 +46,7 @@ _READ_STEPS = 150  # of a turn
 _ACCESSES = 1000  # of a turn
 _BLENDED_TOKENS = 50_000  # of each dataset of the blend
 _DOCUMENT_TOKENS = 1000
+_MEAN_LENGTH = 10_000_000  # of random lengths that never reach 2^31
 _CHUNK = 1 << 22
 _MODULE = "megagpt.benchmark.data"
 
@@ -68,9 +69,17 @@ class DataBenchmark:
     """Is given a line about each result."""
 
     def run(self) -> Result:
-        """All results, by name; JSON types. UserError: the disk refuses, or a measured process failed."""
+        """All results, by name; JSON types.
+
+        UserError: the disk refuses, or a measured process failed. UsageError: the documents would be too long.
+        """
         from megagpt.benchmark.turns import machine, torch
 
+        if self.tokens // self.documents > _MEAN_LENGTH:
+            raise UsageError(
+                f"--documents {self.documents}: for {self.tokens} tokens a document would be too long for an index, "
+                "which counts to 2^31; give more documents"
+            )
         try:
             huge = self._write_huge()
             blend = self._write_blend()

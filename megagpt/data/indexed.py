@@ -199,8 +199,8 @@ class IndexedDataset:
         numbers anywhere, and costs less than a binary search by arrays.
         """
         positions = np.asarray(positions, np.int64)
-        begins = memoryview(self.pointers.view(np.uint8)).cast("q")
-        firsts = memoryview(self.document_indices.view(np.uint8)).cast("q")
+        begins = self.pointers.view(np.uint8).data.cast("q")
+        firsts = self.document_indices.view(np.uint8).data.cast("q")
         found = []
         for byte in (positions * self.dtype.itemsize).ravel().tolist():
             sequence = bisect_right(begins, byte) - 1  # the last one that begins at or before the position

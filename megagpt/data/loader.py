@@ -150,7 +150,7 @@ class TrainingData:
             rows = np.flatnonzero(datasets == dataset)
             part = self._windows(dataset, numbers[rows])
             tokens[rows] = part.tokens
-            if document_ids is not None:
+            if document_ids is not None and part.document_ids is not None:
                 document_ids[rows] = part.document_ids
             if learned is not None and part.learned is not None:
                 learned[rows] = part.learned

@@ -16,7 +16,7 @@ The sample order of every run hangs on these definitions; whoever changes one ra
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +32,6 @@ _FEW = 8
 """Numbers up to which Python's integers are faster than arrays, whose operations take a microsecond at any length."""
 
 UInt64Array = npt.NDArray[np.uint64]
-NumbersT = TypeVar("NumbersT", int, UInt64Array)
 
 
 def permute(indices: npt.ArrayLike, length: int, key: npt.ArrayLike) -> npt.NDArray[np.int64]:
@@ -95,7 +94,7 @@ def _walk(value: int, length: int, bits: int, round_keys: Sequence[int]) -> int:
             return value
 
 
-def _feistel(values: NumbersT, bits: int, round_keys: Sequence[Any], mix: Callable[[NumbersT], NumbersT]) -> NumbersT:
+def _feistel(values: Any, bits: int, round_keys: Sequence[Any], mix: Callable[[Any], Any]) -> Any:
     """Permute a number of `bits` bits, or many, shape (count), with ROUNDS keys, each one for all or of this shape."""
     right_bits = bits - bits // 2
     left_mask, right_mask = (1 << bits // 2) - 1, (1 << right_bits) - 1

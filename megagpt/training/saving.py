@@ -61,7 +61,7 @@ class SavedCheckpoint:
 
 
 class CheckpointWriter:
-    """Writes one checkpoint at a time into `folder` (run_dir/checkpoints); all methods but `busy` are collective."""
+    """Writes one checkpoint at a time into `folder` (run_dir/checkpoints); `begin` and `finish` are collective."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         """keep: number of newest checkpoints to keep."""
@@ -138,13 +138,18 @@ class CheckpointWriter:
             sum(record.size for record in files.values()),
         )
 
+    def close(self) -> None:
+        """Wait until what the last checkpoint superseded is removed."""
+        if self._removal:
+            self._removal.join()
+            self._removal = None
+
     def _aside(self, manifest: CheckpointManifest) -> Path:
         return self._folder / f".saving_{checkpoint_name(manifest.step)}"
 
     def _prepare(self, aside: Path) -> None:
         """An empty hidden folder; what killed saves and removals have left is cleared away."""
-        if self._removal:
-            self._removal.join()
+        self.close()
         try:
             for leftover in (*self._folder.glob(".saving_*"), *self._folder.glob(".removing_*")):
                 shutil.rmtree(leftover, ignore_errors=leftover != aside)
@@ -200,8 +205,8 @@ class CheckpointWriter:
     def _clear_away(self, final: Path) -> None:
         """Remove older checkpoints beyond `keep`, and all that only they were of use to.
 
-        They are renamed here and removed while training goes on, as a disk may take a second for a few GB. The end of
-        the process waits for the thread; if that is killed, the next save removes what is left.
+        They are renamed here and removed while training goes on, as a disk may take a second for a few GB. If that is
+        killed, the next save removes what is left.
         """
         older = [path for path in complete_checkpoints(self._folder) if path != final]
         superseded = older[: max(0, len(older) - self._keep + 1)]

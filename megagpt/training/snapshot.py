@@ -132,13 +132,16 @@ class _HashingFile:
         for start in range(0, len(view), _SLICE):
             part = view[start : start + _SLICE]
             self._file.write(part)
-            if len(part) == _SLICE and (self._sync is None or self._sync.done()):
-                self.end_sync()
+            if len(part) == _SLICE and (self._sync is None or self._succeeded(self._sync)):
                 self._sync = self._thread.submit(os.fdatasync, self._file.fileno())
             self._digest.update(part)
             self._size += len(part)
             self._count(len(part))
         return len(view)
+
+    @staticmethod
+    def _succeeded(sync: Future[None]) -> bool:
+        return sync.done() and sync.exception() is None
 
     def flush(self) -> None:
         self._file.flush()
