@@ -5,6 +5,7 @@ contiguous parts, in micro-batches. What a window holds depends on datasets, see
 of ranks, the micro-batches or where a run was resumed.
 """
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,9 @@ from megagpt.data.manifest import common_tokenizer
 from megagpt.data.names import distinct_names
 from megagpt.data.samples import IGNORE_INDEX, SequentialSamples, TokenArray, TokenSamples, Windows
 from megagpt.errors import UsageError, UserError
+
+_MEMORY_SHARE = 0.5
+"""Of the machine's memory: datasets that are larger do not stay in it while a run reads them."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,10 @@ class TrainingData:
         """
         names = distinct_names(sources, "data.train")
         self.datasets = [IndexedDataset(source.path) for source in sources]
+        size = sum(dataset.num_tokens * dataset.dtype.itemsize for dataset in self.datasets)
+        if size > _MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+            for dataset in self.datasets:
+                dataset.read_at_random()
         self.tokenizer = common_tokenizer(self.datasets, vocab_size)
         """The tokenizer of the datasets, as far as they have manifests; None if none has."""
         self._document_mask, self._vocab_size = document_mask, vocab_size

@@ -28,7 +28,7 @@ _SHIFTS = (30, 27, 31)
 _FACTORS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _MASK = (1 << 64) - 1
 _PERMUTATION, _OFFSET = 0, 1
-_FEW = 8
+FEW = 8
 """Numbers up to which Python's integers are faster than arrays, whose operations take a microsecond at any length."""
 
 UInt64Array = npt.NDArray[np.uint64]
@@ -46,16 +46,25 @@ def permute(indices: npt.ArrayLike, length: int, key: npt.ArrayLike) -> npt.NDAr
     keys = np.atleast_1d(np.asarray(key, np.uint64))
     bits = (length - 1).bit_length()
     outside = np.arange(values.size)
-    if values.size > _FEW:
+    if values.size > FEW:
         round_keys = _mix(keys + np.arange(1, ROUNDS + 1, dtype=np.uint64)[:, None] * np.uint64(_G))
-        while outside.size > _FEW:
+        while outside.size > FEW:
             own_keys = round_keys if keys.size == 1 else round_keys[:, outside]
             walked = _feistel(values[outside], bits, list(own_keys), _mix)
             values[outside] = walked
             outside = outside[walked >= length]
     for index in outside.tolist():
-        values[index] = _walk(int(values[index]), length, bits, _round_keys(int(keys[index if keys.size > 1 else 0])))
+        values[index] = permute_one(int(values[index]), length, int(keys[index if keys.size > 1 else 0]))
     return values.astype(np.int64)
+
+
+def permute_one(index: int, length: int, key: int) -> int:
+    """As `permute`, of one index in [0, length), by Python's integers."""
+    bits, round_keys = (length - 1).bit_length(), _round_keys(key)
+    while True:
+        index = _feistel(index, bits, round_keys, _mix_one)
+        if index < length:
+            return index
 
 
 def permutation_key(seed: int, epochs: npt.ArrayLike) -> UInt64Array:
@@ -68,9 +77,15 @@ def epoch_offset(seed: int, epochs: npt.ArrayLike, choices: int) -> npt.NDArray[
     return (_epoch_keys(seed, epochs, _OFFSET) % np.uint64(choices)).astype(np.int64)
 
 
+def place_one(seed: int, epoch: int, index: int, length: int, choices: int) -> tuple[int, int]:
+    """Where the permutation of [0, length) of an epoch puts `index`, and the epoch's number in [0, choices)."""
+    place = permute_one(index, length, _epoch_key(seed, epoch, _PERMUTATION))
+    return place, _epoch_key(seed, epoch, _OFFSET) % choices
+
+
 def _epoch_keys(seed: int, epochs: npt.ArrayLike, purpose: int) -> UInt64Array:
     numbers = np.atleast_1d(np.asarray(epochs)).astype(np.uint64)
-    if numbers.size <= _FEW:
+    if numbers.size <= FEW:
         return np.array([_epoch_key(seed, number, purpose) for number in numbers.tolist()], np.uint64)
     begun = np.uint64((_mix_one(seed + _G) + _G) & _MASK)
     return _mix(_mix(numbers + begun) + np.uint64(purpose + _G))
@@ -84,14 +99,6 @@ def _epoch_key(seed: int, epoch: int, purpose: int) -> int:
 @functools.lru_cache(maxsize=64)
 def _round_keys(key: int) -> list[int]:
     return [_mix_one(key + (number + 1) * _G) for number in range(ROUNDS)]
-
-
-def _walk(value: int, length: int, bits: int, round_keys: Sequence[int]) -> int:
-    """Where one number ends."""
-    while True:
-        value = _feistel(value, bits, round_keys, _mix_one)
-        if value < length:
-            return value
 
 
 def _feistel(values: Any, bits: int, round_keys: Sequence[Any], mix: Callable[[Any], Any]) -> Any:

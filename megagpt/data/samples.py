@@ -13,7 +13,7 @@ import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
 from megagpt.data.indexed import IndexedDataset, bin_path
-from megagpt.data.order import epoch_offset, permutation_key, permute
+from megagpt.data.order import FEW, epoch_offset, permutation_key, permute, place_one
 from megagpt.errors import UserError
 
 IGNORE_INDEX = -100
@@ -68,15 +68,24 @@ class TokenSamples:
 
     def starts(self, indices: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Stream position of the first token of samples `indices`, shape (count)."""
-        epochs, positions = np.divmod(np.atleast_1d(np.asarray(indices, np.int64)), len(self))
+        numbers = np.atleast_1d(np.asarray(indices, np.int64))
+        if numbers.size <= FEW:
+            return np.array([self._start(number) for number in numbers.tolist()], np.int64)
+        epochs, positions = np.divmod(numbers, len(self))
         if (epochs == epochs[:1]).all():
             epochs = epochs[:1]  # one key for all is faster
         order = permute(positions, len(self), permutation_key(self.seed, epochs))
         return epoch_offset(self.seed, epochs, self._offsets) + order * self.seq_len
 
+    def _start(self, index: int) -> int:
+        epoch, position = divmod(index, len(self))
+        place, offset = place_one(self.seed, epoch, position, len(self), self._offsets)
+        return offset + place * self.seq_len
+
     def read(self, indices: npt.ArrayLike, document_ids: bool = False) -> Windows:
         """Samples `indices` (count), and if asked for the document ids of their inputs."""
         starts = self.starts(indices)
+        self.dataset.will_need(starts, self.seq_len + 1)
         tokens = self._windows[starts]
         ids = _document_ids(self.dataset, starts, self.seq_len) if document_ids else None
         return Windows(tokens, ids, None if self._mask_windows is None else self._mask_windows[starts] != 0)
@@ -121,13 +130,16 @@ class SequentialSamples:
 
 def _document_ids(dataset: IndexedDataset, starts: npt.NDArray[np.int64], seq_len: int) -> DocumentIds:
     """Number of document beginnings in (start, start + i] for input i of each sample: (count, seq_len)."""
-    first = dataset.document_of(starts)
-    last = dataset.document_of(np.minimum(starts + seq_len, dataset.num_tokens) - 1)
+    ends = np.minimum(starts + seq_len, dataset.num_tokens)
+    first, last = dataset.document_of(np.array((starts, ends - 1)).T).T
     parts = last - first + 1  # documents that each sample has a part of
-    ends = np.cumsum(parts)
-    rows = np.repeat(np.arange(starts.size), parts)
-    numbers = np.arange(rows.size) - np.repeat(ends - parts, parts)
-    begins = np.maximum(dataset.document_starts(first[rows] + numbers) - starts[rows], 0)
-    stops = np.append(begins[1:], seq_len)
-    stops[ends - 1] = seq_len
-    return np.repeat(numbers.astype(np.int32), stops - begins).reshape(starts.size, seq_len)
+    stop = parts.cumsum()
+    rows = np.arange(starts.size).repeat(parts)
+    numbers = np.arange(rows.size) - (stop - parts)[rows]
+    begins = dataset.pointers[dataset.document_indices[first[rows] + numbers]] // dataset.dtype.itemsize - starts[rows]
+    begins[stop - parts] = 0
+    lengths = np.empty_like(begins)
+    lengths[:-1] = begins[1:]
+    lengths[stop - 1] = seq_len
+    lengths -= begins
+    return numbers.astype(np.int32).repeat(lengths).reshape(starts.size, seq_len)
