@@ -3,6 +3,8 @@
 import json
 import os
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +13,9 @@ from rich.console import Console
 
 from launch.environment import discover
 from launch.process import joined
+from megagpt.benchmark.checkpoint import CheckpointBenchmark
 from megagpt.benchmark.corpus import PARTS, Benchmark
+from megagpt.benchmark.data import DataBenchmark
 from megagpt.benchmark.generate import GenerateBenchmark
 from megagpt.config import load_config
 from megagpt.errors import UsageError
@@ -149,6 +153,45 @@ def corpus(
 
 
 @app.command()
+def data(
+    tokens: Annotated[int, typer.Option(min=10_000, help="Of the huge dataset; its .bin takes no disk.")] = 10**10,
+    documents: Annotated[int, typer.Option(min=1, help="Of it; 20 bytes of disk each.")] = 10**7,
+    datasets: Annotated[int, typer.Option(min=1, help="Of the blend; 0.1 MB of disk each.")] = 1000,
+    repeats: Annotated[int, typer.Option(min=1, help="Times that everything is measured; medians count.")] = 5,
+    folder: Annotated[
+        Path | None, typer.Option(help="Scratch space, 0.5 GB by default. [default: the system's]")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file too.")] = None,
+) -> None:
+    """From token files to batches: reading, opening a huge dataset, random access, a blend of many, resuming.
+
+    Example: python -m tools.benchmark data --tokens 1000000000 --documents 1000000 --folder /scratch
+    """
+    with _scratch(folder) as scratch:
+        benchmark = DataBenchmark(scratch, tokens, documents, datasets, repeats, _printer())
+        _write(benchmark.run(), output)
+
+
+@app.command()
+def checkpoint(
+    parameters: Annotated[int, typer.Option(min=10_000, help="Of the model, about; 14 bytes of checkpoint each.")] = (
+        85_000_000
+    ),
+    repeats: Annotated[int, typer.Option(min=1, help="Turns that count, after one that does not.")] = 5,
+    folder: Annotated[
+        Path | None, typer.Option(help="Scratch space on the disk to measure, 7 GB by default. [default: the system's]")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file too.")] = None,
+) -> None:
+    """Saving and loading beside a plain copy of files, what an asynchronous save stalls, and another number of ranks.
+
+    Example: python -m tools.benchmark checkpoint --parameters 20000000 --folder /scratch
+    """
+    with _scratch(folder) as scratch:
+        _write(CheckpointBenchmark(scratch, parameters, repeats, _printer()).run(), output)
+
+
+@app.command()
 def generate(
     configs: Annotated[
         list[str] | None, typer.Argument(metavar="[CONFIG]...", help="Of runs; their models, with random weights.")
@@ -187,6 +230,23 @@ def generate(
         report=console.print,
     )
     _write(benchmark.run(models, _sizes(rows)), output)
+
+
+@contextmanager
+def _scratch(folder: Path | None) -> Iterator[Path]:
+    """An empty folder in `folder`, or where the system has its own; it is removed afterwards."""
+    try:
+        if folder:
+            folder.mkdir(parents=True, exist_ok=True)
+        scratch = tempfile.TemporaryDirectory(prefix="megagpt_benchmark_", dir=folder)
+    except OSError as error:
+        raise UsageError(f"--folder {folder}: cannot be used: {error.strerror}; choose another") from error
+    with scratch as path:
+        yield Path(path)
+
+
+def _printer() -> Callable[[str], None]:
+    return Console(highlight=False, soft_wrap=True).print
 
 
 def _sizes(text: str) -> list[int]:

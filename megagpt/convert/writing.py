@@ -1,10 +1,5 @@
-"""Weights into safetensors files, one tensor in memory at a time, and into a folder that appears when it is complete.
+"""Weights into safetensors files as Hugging Face names them, and into a folder that appears when it is complete."""
 
-The format (https://github.com/huggingface/safetensors#format) is eight bytes of length, a header in JSON, the tensors
-one after another. The library's own save_file wants all of a file's tensors at once.
-"""
-
-import itertools
 import json
 import os
 import shutil
@@ -13,10 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megagpt.data.atomic import fsync_path
 from megagpt.errors import UsageError, UserError
+from megagpt.training.tensor_files import write_tensors
 from megagpt.training.weights import Weight, Weights
 
 INDEX = "model.safetensors.index.json"
@@ -24,19 +18,19 @@ INDEX = "model.safetensors.index.json"
 Report = Callable[[int], None]
 """Is told how many bytes were done since the last time."""
 
-_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+_METADATA = {"format": "pt"}  # without which transformers refuses a file
 
 
 def write_shards(folder: Path, weights: Weights, max_shard_bytes: int, report: Report) -> None:
     """The files of `weights` in their order, each as large as allowed (or one tensor): as Hugging Face names them."""
     shards = _shards(weights, max_shard_bytes)
     if len(shards) == 1:
-        _write_file(folder / "model.safetensors", shards[0], report)
+        write_tensors(folder / "model.safetensors", shards[0], _METADATA, report)
         return
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(folder / name, shard, report)
+        write_tensors(folder / name, shard, _METADATA, report)
         weight_map.update(dict.fromkeys(shard, name))
     total = sum(weight.nbytes for weight in weights.values())
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -84,21 +78,3 @@ def _shards(weights: Weights, max_bytes: int) -> list[dict[str, Weight]]:
         shards[-1][name] = weight
         size += weight.nbytes
     return shards
-
-
-def _write_file(path: Path, weights: Weights, report: Report) -> None:
-    ends = list(itertools.accumulate((weight.nbytes for weight in weights.values()), initial=0))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # without which transformers refuses a file
-    for (name, weight), start, end in zip(weights.items(), ends, ends[1:], strict=False):
-        header[name] = {"dtype": _DTYPES[weight.dtype], "shape": weight.shape, "data_offsets": (start, end)}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for weight in weights.values():
-            value = weight.read()
-            assert (tuple(value.shape), value.dtype) == (weight.shape, weight.dtype)
-            file.write(value.contiguous().flatten().view(torch.uint8).numpy().data)
-            report(weight.nbytes)
-        file.flush()
-        os.fsync(file.fileno())

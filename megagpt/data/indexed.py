@@ -8,10 +8,13 @@ The files are memory-mapped: opening costs the same at any size, and processes s
 """
 
 import errno
+import functools
+import mmap
 import os
 import resource
 import shutil
 import struct
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -31,6 +34,7 @@ DTYPES = {code: np.dtype(name) for code, name in {1: "u1", 2: "i1", 3: "<i2", 4:
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _HEADER = struct.Struct("<9sQBQQ")
 _LENGTH, _OFFSET = np.dtype("<i4"), np.dtype("<i8")
+_NEAR = 8  # sequences after one that was found, among which the next is looked for first
 _CHUNK = 1 << 20  # entries or tokens handled at once, so that memory stays bounded
 
 Array = npt.NDArray[Any]
@@ -79,6 +83,7 @@ class IndexedDataset:
         self.document_indices = arrays[12 * sequences :].view(_OFFSET)
         """First sequence of each document, then the number of sequences: int64 (documents + 1)."""
         self._content = _map(bin_path(prefix))
+        self._mapping: mmap.mmap | None = None
         self._check_ends()
         self.stream = self._content.view(self.dtype)
         """All tokens in file order: (num_tokens)."""
@@ -143,6 +148,25 @@ class IndexedDataset:
     def __reduce__(self) -> tuple[type["IndexedDataset"], tuple[str]]:
         return IndexedDataset, (self.prefix,)
 
+    def read_at_random(self) -> None:
+        """From now on tokens are read here and there: then the disk reads no more than that.
+
+        By itself the system also reads what is around, 128 KiB to many MiB, as neighbours will soon be needed. They are
+        not where samples are read in a permuted order out of more data than stays in memory.
+        """
+        if isinstance(view := self._content.base, memoryview) and isinstance(view.obj, mmap.mmap):
+            self._mapping = view.obj
+            self._mapping.madvise(mmap.MADV_RANDOM)
+
+    def will_need(self, starts: npt.NDArray[np.int64], count: int) -> None:
+        """After `read_at_random`: have `count` tokens from each of these stream positions read all at once."""
+        if self._mapping is None:
+            return
+        size, itemsize = count * self.dtype.itemsize, self.dtype.itemsize
+        for start in (starts * itemsize).tolist():
+            before = start % mmap.PAGESIZE
+            self._mapping.madvise(mmap.MADV_WILLNEED, start - before, before + size)
+
     def __len__(self) -> int:
         """Number of sequences."""
         return len(self.lengths)
@@ -194,16 +218,28 @@ class IndexedDataset:
     def document_of(self, positions: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """The document that each stream position (0 to num_tokens - 1) belongs to.
 
-        A binary search for all positions at once: np.searchsorted would first copy the index, which is unaligned.
+        np.searchsorted would first copy the index, which is unaligned; a memoryview (of a little-endian machine) reads
+        numbers anywhere. A search misses the processor's caches at every step, so what is near the position before it,
+        and an index with one sequence a document, are tried first.
         """
         positions = np.asarray(positions, np.int64)
-        low = np.zeros(positions.shape, np.int64)  # a document that begins at or before the position
-        high = np.full(positions.shape, self.num_documents, np.int64)  # a document that begins after it
-        for _ in range(self.num_documents.bit_length()):
-            middle = (low + high) // 2
-            before = self.document_starts(middle) <= positions
-            low, high = np.where(before, middle, low), np.where(before, high, middle)
-        return low
+        found: list[int] = []
+        if not positions.size:
+            return np.empty(positions.shape, np.int64)
+        begins, firsts = self._search_index
+        sequence, last = 0, len(begins) - 1
+        for byte in (positions * self.dtype.itemsize).ravel().tolist():
+            near = min(sequence + _NEAR, last)
+            low, high = (sequence, near) if begins[sequence] <= byte < begins[near] else (0, last + 1)
+            sequence = bisect_right(begins, byte, low, high) - 1  # the last one that begins at or before the position
+            alone = sequence + 1 < len(firsts) and firsts[sequence] == sequence < firsts[sequence + 1]
+            found.append(sequence if alone else bisect_right(firsts, sequence) - 1)
+        return np.array(found, np.int64).reshape(positions.shape)
+
+    @functools.cached_property
+    def _search_index(self) -> tuple[memoryview, memoryview]:
+        """The numbers of `pointers` and `document_indices`."""
+        return self.pointers.view(np.uint8).data.cast("q"), self.document_indices.view(np.uint8).data.cast("q")
 
     def edge_hash(self) -> str:
         """128-bit XXH3 of the first and last 64 KiB of each file: tells datasets apart without reading them whole."""
@@ -439,7 +475,8 @@ def _map(path: Path) -> npt.NDArray[np.uint8]:
     try:
         if path.stat().st_size == 0:
             return np.empty(0, np.uint8)  # nothing to map: mmap refuses empty files
-        return np.memmap(path, np.uint8, "r").view(np.ndarray)
+        with open(path, "rb") as file:
+            return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
     except FileNotFoundError:
         raise UserError(
             f"{path}: no such file; a dataset is named by its prefix: data/train for data/train.bin and data/train.idx"

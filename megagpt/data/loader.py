@@ -5,6 +5,7 @@ contiguous parts, in micro-batches. What a window holds depends on datasets, see
 of ranks, the micro-batches or where a run was resumed.
 """
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +26,9 @@ from megagpt.data.manifest import common_tokenizer
 from megagpt.data.names import distinct_names
 from megagpt.data.samples import IGNORE_INDEX, SequentialSamples, TokenArray, TokenSamples, Windows
 from megagpt.errors import UsageError, UserError
+
+_MEMORY_SHARE = 0.5
+"""Of the machine's memory: datasets that are larger do not stay in it while a run reads them."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +100,14 @@ class TrainingData:
         """
         names = distinct_names(sources, "data.train")
         self.datasets = [IndexedDataset(source.path) for source in sources]
+        size = sum(dataset.num_tokens * dataset.dtype.itemsize for dataset in self.datasets)
+        if size > _MEMORY_SHARE * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):
+            for dataset in self.datasets:
+                dataset.read_at_random()
         self.tokenizer = common_tokenizer(self.datasets, vocab_size)
         """The tokenizer of the datasets, as far as they have manifests; None if none has."""
         self._document_mask, self._vocab_size = document_mask, vocab_size
+        self._dtype = np.result_type(*(dataset.dtype for dataset in self.datasets))
         self._has_loss_mask = any(dataset.loss_mask is not None for dataset in self.datasets)
         identities = [DatasetIdentity.of(dataset) for dataset in self.datasets]
         _refuse_equal(identities, names)
@@ -139,20 +148,28 @@ class TrainingData:
         assert start >= segment.start, f"sample {start} is before the blend that begins at {segment.start}"
         datasets, numbers = self.blend.lookup(np.arange(start, start + count) - segment.start)
         numbers += self._offsets[datasets]
-        tokens = np.empty((count, segment.seq_len + 1), np.int64)
+        drawn = set(datasets.tolist())
+        if len(drawn) == 1:
+            return _batch(self._windows(drawn.pop(), numbers))
+        tokens = np.empty((count, segment.seq_len + 1), self._dtype)
         document_ids = np.empty((count, segment.seq_len), np.int32) if self._document_mask else None
         learned = np.ones((count, segment.seq_len), np.bool_) if self._has_loss_mask else None
-        for dataset in np.unique(datasets):
+        for dataset in drawn:
             rows = np.flatnonzero(datasets == dataset)
-            samples = self._blended[dataset]
-            part = samples.read(numbers[rows], self._document_mask)
-            _check_ids(part.tokens, samples.dataset, self._vocab_size)
+            part = self._windows(dataset, numbers[rows])
             tokens[rows] = part.tokens
-            if document_ids is not None:
+            if document_ids is not None and part.document_ids is not None:
                 document_ids[rows] = part.document_ids
             if learned is not None and part.learned is not None:
                 learned[rows] = part.learned
         return _batch(Windows(tokens, document_ids, learned))
+
+    def _windows(self, dataset: int, numbers: npt.NDArray[np.int64]) -> Windows:
+        """Samples of one dataset of the blend, by their numbers in it."""
+        samples = self._blended[dataset]
+        windows = samples.read(numbers, self._document_mask)
+        _check_ids(windows.tokens, samples.dataset, self._vocab_size)
+        return windows
 
 
 class ValidationData:
@@ -357,9 +374,12 @@ def _check_ids(tokens: TokenArray, dataset: IndexedDataset, vocab_size: int | No
 
 def _batch(windows: Windows) -> Batch:
     """Windows as inputs and targets."""
-    samples = torch.from_numpy(windows.tokens)
-    targets = samples[:, 1:].clone(memory_format=torch.contiguous_format)
+    stored = torch.from_numpy(windows.tokens)
+    inputs, targets = (
+        part.to(torch.int64, copy=True, memory_format=torch.contiguous_format)
+        for part in (stored[:, :-1], stored[:, 1:])
+    )
     if windows.learned is not None:
         targets[torch.from_numpy(~windows.learned)] = IGNORE_INDEX
     ids = None if windows.document_ids is None else torch.from_numpy(windows.document_ids)
-    return Batch(samples[:, :-1].contiguous(), targets, ids)
+    return Batch(inputs, targets, ids)

@@ -6,20 +6,20 @@ validation samples begin at 0, in file order, the last one padded. Both are pure
 says which tokens count where they are targets; as inputs all of them stay.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from numpy.lib.stride_tricks import sliding_window_view
 
 from megagpt.data.indexed import IndexedDataset, bin_path
-from megagpt.data.order import epoch_offset, permutation_key, permute
+from megagpt.data.order import FEW, epoch_offset, permutation_key, permute, place_one
 from megagpt.errors import UserError
 
 IGNORE_INDEX = -100
 """Target that the loss leaves out (torch.nn.functional.cross_entropy's default)."""
 
-TokenArray = npt.NDArray[np.int64]
+TokenArray = npt.NDArray[np.integer[Any]]
 DocumentIds = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
 
@@ -28,7 +28,7 @@ class Windows(NamedTuple):
     """Samples as they were read."""
 
     tokens: TokenArray
-    """int64 (count, seq_len + 1): inputs, and shifted by one their targets."""
+    """(count, seq_len + 1), in the type that they are stored in, or int64: inputs, and shifted by one their targets."""
     document_ids: DocumentIds | None
     """int32 (count, seq_len): document of each input, from 0 in each sample; None: not asked for."""
     learned: BoolArray | None
@@ -68,14 +68,25 @@ class TokenSamples:
 
     def starts(self, indices: npt.ArrayLike) -> npt.NDArray[np.int64]:
         """Stream position of the first token of samples `indices`, shape (count)."""
-        epochs, positions = np.divmod(np.asarray(indices, np.int64), len(self))
+        numbers = np.atleast_1d(np.asarray(indices, np.int64))
+        if numbers.size <= FEW:
+            return np.array([self._start(number) for number in numbers.tolist()], np.int64)
+        epochs, positions = np.divmod(numbers, len(self))
+        if (epochs == epochs[:1]).all():
+            epochs = epochs[:1]  # one key for all is faster
         order = permute(positions, len(self), permutation_key(self.seed, epochs))
         return epoch_offset(self.seed, epochs, self._offsets) + order * self.seq_len
+
+    def _start(self, index: int) -> int:
+        epoch, position = divmod(index, len(self))
+        place, offset = place_one(self.seed, epoch, position, len(self), self._offsets)
+        return offset + place * self.seq_len
 
     def read(self, indices: npt.ArrayLike, document_ids: bool = False) -> Windows:
         """Samples `indices` (count), and if asked for the document ids of their inputs."""
         starts = self.starts(indices)
-        tokens = self._windows[starts].astype(np.int64)
+        self.dataset.will_need(starts, self.seq_len + 1)
+        tokens = self._windows[starts]
         ids = _document_ids(self.dataset, starts, self.seq_len) if document_ids else None
         return Windows(tokens, ids, None if self._mask_windows is None else self._mask_windows[starts] != 0)
 
@@ -105,7 +116,7 @@ class SequentialSamples:
         return self.dataset.num_tokens - 1
 
     def read(self, indices: npt.ArrayLike, document_ids: bool = False) -> Windows:
-        """As `TokenSamples.read`; padding is IGNORE_INDEX and belongs to the document before it."""
+        """As `TokenSamples.read`, in int64; padding is IGNORE_INDEX and belongs to the document before it."""
         starts = np.asarray(indices, np.int64) * self.seq_len
         last = self.dataset.num_tokens - 1
         positions = starts[:, None] + np.arange(self.seq_len + 1)
@@ -119,12 +130,16 @@ class SequentialSamples:
 
 def _document_ids(dataset: IndexedDataset, starts: npt.NDArray[np.int64], seq_len: int) -> DocumentIds:
     """Number of document beginnings in (start, start + i] for input i of each sample: (count, seq_len)."""
-    first = dataset.document_of(starts)
-    last = dataset.document_of(np.minimum(starts + seq_len, dataset.num_tokens) - 1)
-    counts = last - first  # documents that begin within each sample
-    rows = np.repeat(np.arange(starts.size), counts)
-    number_in_row = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-    begins = dataset.document_starts(first[rows] + 1 + number_in_row) - starts[rows]
-    marks = np.zeros((starts.size, seq_len), np.int32)
-    np.add.at(marks, (rows, begins), 1)
-    return np.cumsum(marks, axis=1, dtype=np.int32)
+    ends = np.minimum(starts + seq_len, dataset.num_tokens)
+    first, last = dataset.document_of(np.array((starts, ends - 1)).T).T
+    parts = last - first + 1  # documents that each sample has a part of
+    stop = parts.cumsum()
+    rows = np.arange(starts.size).repeat(parts)
+    numbers = np.arange(rows.size) - (stop - parts)[rows]
+    begins = dataset.pointers[dataset.document_indices[first[rows] + numbers]] // dataset.dtype.itemsize - starts[rows]
+    begins[stop - parts] = 0
+    lengths = np.empty_like(begins)
+    lengths[:-1] = begins[1:]
+    lengths[stop - 1] = seq_len
+    lengths -= begins
+    return numbers.astype(np.int32).repeat(lengths).reshape(starts.size, seq_len)

@@ -108,6 +108,8 @@ class Checkpointing(Callback):
         self._last_skipped = numbers.skipped
 
     def on_end(self, trainer: Trainer) -> None:
+        if self._writer:
+            self._writer.close()
         self._writer = None  # a save that is under way is of no use without the other ranks; a thread ends with us
 
     def save(self, trainer: Trainer, progress: Progress | None = None) -> None:

@@ -259,7 +259,7 @@ class Engine:
 
         All ranks call it; nothing is written. snapshot: copies in host memory, instead of what the next step changes.
         """
-        self._files.snapshot, self._files.contents = snapshot, {}
+        self._files.begin(snapshot)
         state: dict[str, Any] = {PARAMETER_NAMES: self._parameter_names}
         # DeepSpeed saves its loss scalers, but not the one it uses at stage 0.
         if scaler := self._engine.torch_autocast_z0_gradscaler:

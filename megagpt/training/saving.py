@@ -3,7 +3,7 @@
     begin   all ranks: the state is copied to host memory (or, synchronously, referred to): the stall of a save
     write   a thread of each rank: its files go to a hidden folder, hashed as they are written, fsynced
     finish  all ranks, once all have written: sizes are compared, the manifest lists every file, the folder is renamed
-            and only then named by `latest`; older checkpoints beyond `keep` go
+            and only then named by `latest`; older checkpoints beyond `keep` go, their files in a thread
 
 Killed anywhere in between, a hidden folder remains that nothing reads and the next save removes. A rank that cannot
 write (full disk) makes the save fail on all, with older checkpoints untouched.
@@ -15,7 +15,7 @@ import random
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,13 +61,14 @@ class SavedCheckpoint:
 
 
 class CheckpointWriter:
-    """Writes one checkpoint at a time into `folder` (run_dir/checkpoints); all methods but `busy` are collective."""
+    """Writes one checkpoint at a time into `folder` (run_dir/checkpoints); `begin` and `finish` are collective."""
 
     def __init__(self, folder: Path, keep: int) -> None:
         """keep: number of newest checkpoints to keep."""
         self._folder, self._keep = folder, keep
         self._rank = dist.get_rank()
         self._thread: threading.Thread | None = None
+        self._removal: threading.Thread | None = None
         self._manifest: CheckpointManifest | None = None
         self._written: dict[str, FileChecksum] = {}
         self._expected: set[str] = set()
@@ -137,11 +138,18 @@ class CheckpointWriter:
             sum(record.size for record in files.values()),
         )
 
+    def close(self) -> None:
+        """Wait until what the last checkpoint superseded is removed."""
+        if self._removal:
+            self._removal.join()
+            self._removal = None
+
     def _aside(self, manifest: CheckpointManifest) -> Path:
         return self._folder / f".saving_{checkpoint_name(manifest.step)}"
 
     def _prepare(self, aside: Path) -> None:
         """An empty hidden folder; what killed saves and removals have left is cleared away."""
+        self.close()
         try:
             for leftover in (*self._folder.glob(".saving_*"), *self._folder.glob(".removing_*")):
                 shutil.rmtree(leftover, ignore_errors=leftover != aside)
@@ -192,19 +200,25 @@ class CheckpointWriter:
             replace_file(self._folder / "latest", f"{final.name}\n".encode())
         except OSError as error:
             raise self._refused(error) from error
-        try:
-            self._clear_away(final)
-        except OSError as error:  # the checkpoint is complete; the next one clears away what is left
-            logger.warning("cannot remove what %s supersedes: %s", final, error)
+        self._clear_away(final)
 
     def _clear_away(self, final: Path) -> None:
-        """Remove older checkpoints beyond `keep`, and all that only they were of use to."""
-        for pattern in (f"{REPLACED}*", f"{DAMAGED}*", ".universal_*", ".converting_*"):
-            for path in self._folder.glob(pattern):
-                shutil.rmtree(path)
+        """Remove older checkpoints beyond `keep`, and all that only they were of use to.
+
+        They are renamed here and removed while training goes on, as a disk may take a second for a few GB. If that is
+        killed, the next save removes what is left.
+        """
         older = [path for path in complete_checkpoints(self._folder) if path != final]
-        for old in older[: max(0, len(older) - self._keep + 1)]:
-            remove_checkpoint(old)
+        superseded = older[: max(0, len(older) - self._keep + 1)]
+        for pattern in (f"{REPLACED}*", f"{DAMAGED}*", ".universal_*", ".converting_*"):
+            superseded += self._folder.glob(pattern)
+        try:
+            doomed = [_doomed(path) for path in superseded]
+        except OSError as error:  # the checkpoint is complete; the next one clears away what is left
+            logger.warning("cannot remove what %s supersedes: %s", final, error)
+            return
+        self._removal = threading.Thread(target=_remove, args=(doomed,), name="removal")
+        self._removal.start()
 
     def _refused(self, error: Exception) -> UserError:
         existing = next(path for path in (self._folder, *self._folder.parents) if path.exists())
@@ -213,11 +227,17 @@ class CheckpointWriter:
         return UserError(f"cannot write a checkpoint into {self._folder}: {reason} ({free:.1f} GB free there)")
 
 
-def remove_checkpoint(checkpoint: Path) -> None:
-    """Remove a checkpoint; it is renamed first, so that a half-removed folder never looks like one."""
-    doomed = checkpoint.with_name(f".removing_{checkpoint.name}")
-    os.rename(checkpoint, doomed)
-    shutil.rmtree(doomed)
+def _doomed(path: Path) -> Path:
+    """The folder by another name, so that a half-removed one never looks like a checkpoint."""
+    return path.rename(path.with_name(f".removing_{path.name.lstrip('.')}"))
+
+
+def _remove(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:  # the next save clears away what is left
+            logger.warning("cannot remove %s: %s", folder, error)
 
 
 def random_states() -> dict[str, Any]:

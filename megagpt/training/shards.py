@@ -126,10 +126,21 @@ class Shards:
 
     def read(self, name: str) -> State:
         """Everything of one parameter, in its own shape."""
+        return {
+            key: self.read_tensor(name, key) if isinstance(value, torch.dtype) else value
+            for key, value in self.description(name).items()
+        }
+
+    def description(self, name: str) -> dict[str, torch.dtype | torch.Tensor | int | float]:
+        """Everything of one parameter: a dtype for each tensor of its shape, and the optimizer's scalars."""
         first, *others = (self._flats[piece.rank][piece.flat] for piece in self._layout[name])
         if any(other.keys() != first.keys() for other in others):
             raise self._unknown_layout(f"the optimizer's state of {name}")
-        return {key: self._whole(name, key) if is_cut(value) else value for key, value in first.items()}
+        return {key: value.dtype if is_cut(value) else value for key, value in first.items()}
+
+    def read_tensor(self, name: str, key: str) -> torch.Tensor:
+        """One of the tensors of one parameter, in its own shape."""
+        return self._whole(name, key)
 
     def read_weight(self, name: str) -> torch.Tensor:
         """The fp32 master weight of one parameter, in its own shape."""

@@ -4,9 +4,9 @@
         manifest.json                      whose form it is, and every file's size and checksum
         parameters/NAME.safetensors        one parameter: "fp32", the optimizer's exp_avg, exp_avg_sq, step
 
-One process makes it, parameter by parameter out of memory-mapped shards: it holds a few parameters at a time, never the
-model, and costs as much disk as the weights and optimizer state in fp32. Written aside, fsynced and renamed: complete
-or absent. Nothing in it is pickled.
+One process makes it, tensor by tensor out of memory-mapped shards, which it lets go of after half a shard: it never
+holds more than that and two tensors. It costs as much disk as the weights and optimizer state in fp32. Written aside,
+fsynced and renamed: complete or absent. Nothing in it is pickled.
 """
 
 import json
@@ -14,18 +14,20 @@ import logging
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from megagpt.data.atomic import fsync_path, replace_file
 from megagpt.data.manifest import FileChecksum
 from megagpt.errors import UserError
 from megagpt.training.checkpoint import SHARDS, DamagedCheckpointError, read_manifest
 from megagpt.training.shards import Shards, State
+from megagpt.training.tensor_files import write_tensors
+from megagpt.training.weights import MAPPED_BYTES, Mapped, Weight
 
 logger = logging.getLogger(__name__)
 
@@ -156,13 +158,15 @@ class Parameter:
 def _convert(checkpoint: Path, aside: Path, report: Callable[[float], None]) -> None:
     """Write everything of `checkpoint` into `aside`, the manifest last."""
     source = read_manifest(checkpoint)
-    shards = Shards(checkpoint / SHARDS, source.zero_stage, source.world_size)
-    total, done = sum(shape.numel() for shape in shards.shapes.values()), 0
+    folder = checkpoint / SHARDS
+    largest = max(record.size for record in source.files.values())
+    shards = Mapped(lambda: Shards(folder, source.zero_stage, source.world_size), max(MAPPED_BYTES, largest // 2))
+    shapes, loss_scale = shards.opened().shapes, shards.opened().loss_scale
+    total, done = sum(shape.numel() for shape in shapes.values()), 0
     files = {}
-    for name, shape in shards.shapes.items():
+    for name, shape in shapes.items():
         path = aside / _PARAMETERS / f"{name}{_SUFFIX}"
-        _write_parameter(path, shards.read(name))
-        files[path.relative_to(aside).as_posix()] = FileChecksum.of(path)
+        files[path.relative_to(aside).as_posix()] = _write_parameter(path, name, shards)
         done += shape.numel()
         report(done / total)
     fsync_path(aside / _PARAMETERS)
@@ -171,17 +175,31 @@ def _convert(checkpoint: Path, aside: Path, report: Callable[[float], None]) -> 
         step=source.step,
         consumed_samples=source.consumed_samples,
         skipped_steps=source.skipped_steps,
-        loss_scale=shards.loss_scale if source.precision == "fp16" else None,
+        loss_scale=loss_scale if source.precision == "fp16" else None,
         files=files,
     )
     replace_file(aside / "manifest.json", f"{manifest.model_dump_json(indent=1)}\n".encode())
 
 
-def _write_parameter(path: Path, state: State) -> None:
-    tensors = {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}
-    numbers = {key: json.dumps(value) for key, value in state.items() if not isinstance(value, torch.Tensor)}
-    save_file(tensors, path, metadata=numbers)
-    fsync_path(path)
+def _write_parameter(path: Path, name: str, shards: Mapped[Shards]) -> FileChecksum:
+    """One parameter's tensors, each read when the one before is written, and its scalars: 0-d tensors or numbers."""
+    tensors: dict[str, Weight] = {}
+    numbers = {}
+    shape = tuple(shards.opened().shapes[name])
+    for key, value in shards.opened().description(name).items():
+        if isinstance(value, torch.dtype):
+            tensors[key] = Weight(shape, value, partial(_read, shards, name, key))
+        elif isinstance(value, torch.Tensor):
+            kept = value.clone()  # the file that it is mapped from may be let go of
+            tensors[key] = Weight((), kept.dtype, kept.detach)
+        else:
+            numbers[key] = json.dumps(value)
+    return write_tensors(path, tensors, numbers)
+
+
+def _read(shards: Mapped[Shards], name: str, key: str) -> torch.Tensor:
+    size = 4 * shards.opened().shapes[name].numel()
+    return shards.opened(size).read_tensor(name, key)
 
 
 def _identity(checkpoint: Path) -> str:

@@ -43,13 +43,14 @@ Weights = Mapping[str, Weight]
 
 
 class Mapped(Generic[OpenedT]):
-    """Something memory-mapped that is let go of after MAPPED_BYTES were read of it, and opened anew: so as not to grow.
+    """Something memory-mapped, let go of after `limit` bytes were read of it and opened anew: so as not to grow.
 
-    reopens: False for what is held in memory, whole.
+    limit: default MAPPED_BYTES. reopens: False for what is held in memory, whole.
     """
 
-    def __init__(self, open_: Callable[[], OpenedT], reopens: bool = True) -> None:
-        self._open, self._reopens, self._left = open_, reopens, MAPPED_BYTES
+    def __init__(self, open_: Callable[[], OpenedT], limit: int | None = None, reopens: bool = True) -> None:
+        self._open, self._reopens, self._limit = open_, reopens, limit
+        self._left = self._allowed
         self._opened: OpenedT | None = None
 
     def opened(self, nbytes: int = 0) -> OpenedT:
@@ -58,8 +59,12 @@ class Mapped(Generic[OpenedT]):
         self._left -= nbytes
         self._opened = found
         if self._reopens and self._left < 0:
-            self._opened, self._left = None, MAPPED_BYTES
+            self._opened, self._left = None, self._allowed
         return found
+
+    @property
+    def _allowed(self) -> int:
+        return MAPPED_BYTES if self._limit is None else self._limit
 
 
 def open_weights(shards: Path, zero_stage: int, world_size: int) -> dict[str, Weight]:

@@ -326,3 +326,21 @@ def test_micro_batches_are_pinned_for_the_gpu_in_use(data: TrainingData) -> None
         for batch in next(loader).micro_batches:
             assert all(tensor.is_pinned() for tensor in vars(batch).values() if tensor is not None)
             assert torch.equal(batch.to("cuda", non_blocking=True).targets.cpu(), batch.targets)
+
+
+@writes_files
+@given(st.lists(st.integers(1, 60), min_size=2, max_size=4, unique=True), st.integers(0, 2**32), st.booleans())
+def test_data_that_does_not_fit_in_memory_is_read_the_same(tmp_path_factory, sizes, seed, document_mask) -> None:
+    """Read page by page, as asked for, instead of with what is around."""
+    folder = tmp_path_factory.mktemp("s")
+    sources = [source(folder / str(number), SEQ_LEN + size) for number, size in enumerate(sizes)]
+    small = TrainingData(sources, SEQ_LEN, seed, document_mask)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megagpt.data.loader._MEMORY_SHARE", 0)
+        large = TrainingData(sources, SEQ_LEN, seed, document_mask)
+    assert all(dataset._mapping is None for dataset in small.datasets)
+    assert all(dataset._mapping is not None for dataset in large.datasets)
+    for start, count in ((0, 1), (5, 40)):
+        batches = [data.read(start, count) for data in (small, large)]
+        for name in ("input_ids", "targets", *["document_ids"] * document_mask):
+            assert torch.equal(*(getattr(batch, name) for batch in batches))

@@ -50,14 +50,14 @@ def test_every_index_below_any_length_comes_exactly_once(length: int, key: int) 
     assert np.array_equal(np.sort(permute(np.arange(length), length, key)), np.arange(length))
 
 
-@given(st.integers(1, 2**63), st.integers(0, MASK), st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=5))
+@given(st.integers(1, 2**63), st.integers(0, MASK), st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=30))
 @settings(deadline=None)
 def test_lengths_up_to_2_to_the_63_follow_the_documented_definition(length: int, key: int, values: list[int]) -> None:
     indices = [value % length for value in values]
     assert permute(indices, length, key).tolist() == [reference_permute(i, length, key) for i in indices]
 
 
-@given(st.integers(0, MASK), st.lists(st.integers(0, 2**40), min_size=1, max_size=5), st.integers(1, 2**20))
+@given(st.integers(0, MASK), st.lists(st.integers(0, 2**40), min_size=1, max_size=30), st.integers(1, 2**20))
 @settings(deadline=None)
 def test_epoch_keys_and_offsets_follow_the_documented_definition(seed: int, epochs: list[int], choices: int) -> None:
     assert permutation_key(seed, epochs).tolist() == [reference_key(seed, epoch, 0) for epoch in epochs]

@@ -50,7 +50,7 @@ def test_a_sample_is_the_same_whatever_it_is_read_with(tmp_path: Path) -> None:
         alone = samples.read([index], document_ids=True)
         assert np.array_equal(together.tokens[row], alone.tokens[0])
         assert np.array_equal(together.document_ids[row], alone.document_ids[0])
-    assert (together.tokens.dtype, together.document_ids.dtype) == (np.int64, np.int32)
+    assert (together.tokens.dtype, together.document_ids.dtype) == (np.uint16, np.int32)
     assert samples.read([0])[1:] == (None, None)
 
 
