@@ -21,7 +21,8 @@ until [ -e slurm/common.sh ]; do
 done
 source slurm/common.sh
 
-case " $* " in
-    *" --prompts"[\ =]*) on_all python -m tools.generate "$@" ;;
-    *) on_one python -m tools.generate "$@" ;;
-esac
+launch=on_one
+for word in "$@"; do
+    case $word in --prompts | --prompts=*) launch=on_all ;; esac
+done
+$launch python -m tools.generate "$@"

@@ -216,7 +216,13 @@ def generate(
 
     Example: python -m tools.benchmark generate configs/small.yaml --rows 1,8 --nanogpt ../nanoGPT/model.py
     """
-    models = {Path(file).stem: load_config(file).model for file in configs or DEFAULT_MODELS}
+    files = configs or DEFAULT_MODELS
+    stems = [Path(file).stem for file in files]
+    # By its file's name, or by all of the path where names are the same.
+    models = {
+        stem if stems.count(stem) == 1 else file: load_config(file).model
+        for stem, file in zip(stems, files, strict=True)
+    }
     console = Console(highlight=False, soft_wrap=True)
     benchmark = GenerateBenchmark(
         prompt_tokens=prompt_tokens,

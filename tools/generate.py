@@ -22,6 +22,7 @@ from megagpt.inference.jobs import Output, Prompt, Share, read_prompts, sample_p
 from megagpt.inference.loading import LoadedModel, load_model
 from megagpt.inference.sampling import Sampling
 from megagpt.inference.score import Score, score_text, window_sizes
+from megagpt.model.compiling import missing_for_compile
 from tools.command import run_command, single_command
 
 NAME = "python -m tools.generate"
@@ -119,7 +120,9 @@ def generate_command(
     batch_size: Annotated[int, typer.Option(min=1, help="How many samples of --prompts are drawn together.")] = 16,
     compile: Annotated[
         bool | None,
-        typer.Option("--compile/--no-compile", help="Compile the step of decoding. [default: if that will save time]"),
+        typer.Option(
+            "--compile/--no-compile", help="Compile the step of decoding. [default: if it saves time; not with --chat]"
+        ),
     ] = None,
     logprobs: Annotated[
         bool, typer.Option("--logprobs", help="Write the samples' token ids and their log-probabilities, too.")
@@ -151,6 +154,8 @@ def generate_command(
     stop = stop or []
     if "" in stop:
         raise UsageError("--stop: a stop string must not be empty")
+    if compile and (missing := missing_for_compile()):
+        raise UserError(f"--compile: needs {missing}; install it, or leave the option out")
     place = discover() if prompts else None
     lines = read_prompts(prompts) if prompts else []
     text = "" if prompts or chat else _read_prompt(prompt, prompt_file, whole=score)
@@ -221,7 +226,9 @@ def _mode(invocation: typer.Context, prompts: Path | None, output: Path | None, 
 def _device(device: Device, place: ProcessEnvironment | None) -> str:
     """Of several processes of a node each has a GPU of its own."""
     if place and place.local_world_size > 1 and device is not Device.cpu and torch.cuda.is_available():
-        return f"cuda:{place.local_rank % torch.cuda.device_count()}"
+        index = place.local_rank % torch.cuda.device_count()
+        torch.cuda.set_device(index)
+        return f"cuda:{index}"
     return device.value
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megagpt.benchmark.peers import nanogpt_model, transformers_model, weights_of
+from megagpt.benchmark.peers import check_peers, nanogpt_model, transformers_model, weights_of
 from megagpt.benchmark.turns import machine, ratio, read_bandwidth, take_turns
 from megagpt.config.schema import ModelConfig
 from megagpt.errors import UsageError
@@ -44,7 +44,12 @@ class GenerateBenchmark:
     """Is given a line about each result."""
 
     def run(self, models: dict[str, ModelConfig], rows: list[int]) -> dict[str, Any]:
-        """Results by model and number of rows; JSON types."""
+        """Results by model and number of rows; JSON types.
+
+        Raises UsageError, before anything is measured, for a model that a contender cannot express.
+        """
+        for name, config in models.items():
+            self._check(name, config)
         bandwidth = read_bandwidth(self.device)
         self.report(f"memory is read at {bandwidth / 1e9:.1f} GB/s")
         results = [self._measure(name, config, size, bandwidth) for name, config in models.items() for size in rows]
@@ -59,12 +64,15 @@ class GenerateBenchmark:
             "results": results,
         }
 
-    def _measure(self, name: str, config: ModelConfig, rows: int, bandwidth: float) -> dict[str, Any]:
-        config = config.without_padding()
+    def _check(self, name: str, config: ModelConfig) -> None:
         if self.prompt_tokens + self.new_tokens > config.max_seq_len + 1:
             raise UsageError(
                 f"{name}: reads {config.max_seq_len} tokens, fewer than --prompt-tokens and --new-tokens together"
             )
+        check_peers(config, self.transformers, self.nanogpt)
+
+    def _measure(self, name: str, config: ModelConfig, rows: int, bandwidth: float) -> dict[str, Any]:
+        config = config.without_padding()
         model = GPT(config)
         initialize_weights(model, 0)
         weights = weights_of(model)

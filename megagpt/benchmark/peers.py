@@ -22,10 +22,7 @@ def weights_of(model: GPT) -> Weights:
 
 def transformers_model(config: ModelConfig, weights: Weights, dtype: torch.dtype) -> Any:
     """AutoModelForCausalLM of GPT-2 or Llama. Raises UsageError for what they cannot express."""
-    try:
-        from transformers import AutoConfig, AutoModelForCausalLM
-    except ImportError as error:
-        raise UserError(f"{error}; install it with pip install 'megagpt[export]', or do not compare with it") from error
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     config, weights = huggingface.expressed(config, weights)
     values = huggingface.config_of(config, dtype, {})
@@ -40,10 +37,30 @@ def nanogpt_model(path: Path, config: ModelConfig, weights: Weights) -> Any:
     Raises UsageError for what it cannot express, UserError for a file that is none of its.
     """
     module = _imported(path)
-    config, weights = nanogpt.expressed(config, weights)
+    config, weights = nanogpt.expressed(_with_its_gelu(config), weights)
     theirs = module.GPT(module.GPTConfig(**nanogpt.arguments_of(config)))
     _load(theirs, nanogpt.foreign_weights(config, weights))
     return theirs
+
+
+def check_peers(config: ModelConfig, transformers: bool, nanogpt_file: Path | None) -> None:
+    """Raise UsageError where a peer cannot express `config`, UserError where it is not there."""
+    if transformers:
+        try:
+            importlib.import_module("transformers")
+        except ImportError as error:
+            raise UserError(
+                f"{error}; install it with pip install 'megagpt[export]', or do not compare with it"
+            ) from error
+        huggingface.expressed(config, {})
+    if nanogpt_file:
+        nanogpt.expressed(_with_its_gelu(config), {})
+        _imported(nanogpt_file)
+
+
+def _with_its_gelu(config: ModelConfig) -> ModelConfig:
+    """nanoGPT has the exact one, which takes as long as GPT-2's approximation."""
+    return config.model_copy(update={"activation": "gelu"}) if config.activation == "gelu_tanh" else config
 
 
 def _held(value: Tensor) -> Weight:
@@ -67,6 +84,8 @@ def _imported(path: Path) -> ModuleType:
         spec.loader.exec_module(module)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; give the model.py of a checkout of nanoGPT") from None
+    except (SyntaxError, ImportError) as error:
+        raise UserError(f"{path}: {error}; give the model.py of a checkout of nanoGPT") from None
     if not hasattr(module, "GPTConfig"):
         raise UserError(f"{path}: has no GPTConfig; give the model.py of a checkout of nanoGPT")
     return module

@@ -8,7 +8,7 @@ count from the prompt's own beginning, so that no padding is ever seen.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from megagpt.inference.cache import KVCache
 from megagpt.inference.decoder import INDUCTOR_OPTIONS, decoder_of
 from megagpt.inference.sampling import Sampling, choose
 from megagpt.model import GPT
+from megagpt.model.compiling import missing_for_compile
 
 _COLUMNS = 64
 """The step looks at a multiple of so many columns of the cache."""
@@ -71,11 +72,13 @@ class Batch:
         *,
         allowed: Tensor | None = None,
         compile: bool = False,
+        graphs: bool = True,
     ) -> None:
         """max_len: the most positions that a row can see. allowed: (vocab,) bool, the ids that may be drawn.
 
-        compile: the step, at its first use, see worth_compiling; on a CPU in bf16, and if size > 1, with a copy of the
-        weights.
+        compile: the step, at its first use, see worth_compiling; the weights must then stay as they are, and on a CPU,
+        in bf16 with size > 1, there is a copy of them. graphs: replay the step as a CUDA graph, if on a GPU; not for
+        models whose forward pass waits for the GPU, as under ZeRO 3.
         """
         weight, vocab_size = model.embedding.weight, model.config.vocab_size
         self.model, self.sampling, self.size, self._allowed = model, sampling, size, allowed
@@ -91,9 +94,12 @@ class Batch:
         if sampling.frequency_penalty != 0:
             self._counts = torch.zeros(size, vocab_size, dtype=torch.int32, device=self._device)
         self._lengths = [0] * size  # the positions again, known without asking the device; 0: no sample
-        self._decoder = decoder_of(model, size) if compile else model
-        run: Callable[[Tensor], Tensor] = _Compiled(self) if compile else self._step
-        self._run = _Graphs(run) if self._device.type == "cuda" else run
+        # Made once: compiled, a range would be hashed as a loop's counter, whose overflow C++ leaves undefined.
+        self._vocabulary = torch.arange(vocab_size, device=self._device)
+        self._decoder = decoder_of(model, size, max_len) if compile else model
+        # Called with this batch, so as not to refer to it: a cycle would keep the cache until garbage is collected.
+        run: _Step = _Compiled() if compile else Batch._step
+        self._run = _Graphs(run, self._device) if graphs and self._device.type == "cuda" else run
 
     @property
     def max_len(self) -> int:
@@ -140,7 +146,7 @@ class Batch:
         furthest = -(-max(self._lengths) // _COLUMNS) * _COLUMNS
         columns = self._cache.columns(min(furthest, self._cache.max_len))
         # One transfer, of fp64, which holds every id.
-        tokens, logprobs = self._run(columns).tolist()
+        tokens, logprobs = self._run(self, columns).tolist()
         if any(token < 0 and length for token, length in zip(tokens, self._lengths, strict=True)):
             raise UserError(
                 "the model's logits are not finite: its training diverged, or fp16 is too narrow for it; "
@@ -156,7 +162,7 @@ class Batch:
         changed = self.sampling.penalized(logits, self._in_text, self._counts)
         if self._allowed is not None:
             changed = changed.masked_fill(~self._allowed, -torch.inf)
-        tokens = choose(self.sampling, changed, self._keys, self._steps)[:, None]
+        tokens = choose(self.sampling, changed, self._keys, self._steps, self._vocabulary)[:, None]
         logprobs = logits.gather(1, tokens) - logits.logsumexp(dim=-1, keepdim=True)
         if self._in_text is not None:
             self._in_text.scatter_(1, tokens, True)
@@ -172,43 +178,50 @@ class Batch:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 
 
+_Step = Callable[[Batch, Tensor], Tensor]
+"""Batch._step, or what stands for it."""
+
+
 class _Compiled:
     """A step, compiled once for any number of columns."""
 
-    def __init__(self, batch: Batch) -> None:
+    def __init__(self) -> None:
         # With a code object of its own, as torch keeps what it compiled by code object, and eight versions at most.
         function = FunctionType(Batch._step.__code__.replace(), Batch._step.__globals__)
-        self._step = torch.compile(MethodType(function, batch), fullgraph=True, options=INDUCTOR_OPTIONS)
+        self._step = torch.compile(function, fullgraph=True, options=INDUCTOR_OPTIONS)
         self._seen: set[int] = set()
 
-    def __call__(self, columns: Tensor) -> Tensor:
+    def __call__(self, batch: Batch, columns: Tensor) -> Tensor:
         if len(columns) in self._seen:
             # All else is the same tensors as before; to check hundreds of them takes longer than a layer.
             with torch.compiler.set_stance(skip_guard_eval_unsafe=True):
-                return self._step(columns)
+                return self._step(batch, columns)
         torch._dynamo.maybe_mark_dynamic(columns, 0)
         self._seen.add(len(columns))
-        return self._step(columns)
+        return self._step(batch, columns)
 
 
 class _Graphs:
     """A step as CUDA graphs, one for each number of columns: the first time it runs, the second it is recorded."""
 
-    def __init__(self, step: Callable[[Tensor], Tensor]) -> None:
-        self._step = step
+    def __init__(self, step: _Step, device: torch.device) -> None:
+        self._step, self._device = step, device
         self._pool = torch.cuda.graph_pool_handle()
         self._seen: set[int] = set()
         self._graphs: dict[int, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
 
-    def __call__(self, columns: Tensor) -> Tensor:
+    def __call__(self, batch: Batch, columns: Tensor) -> Tensor:
         size = len(columns)
         if size not in self._seen:
             self._seen.add(size)
-            return self._step(columns)
+            return self._step(batch, columns)
         if size not in self._graphs:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
-                result = self._step(columns)
+            # On a stream of this device: that of the current one would record nothing of what another does.
+            with torch.cuda.device(self._device):
+                stream = torch.cuda.Stream(self._device)
+                with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+                    result = self._step(batch, columns)
             self._graphs[size] = graph, result
         graph, result = self._graphs[size]
         graph.replay()
@@ -216,30 +229,38 @@ class _Graphs:
 
 
 def worth_compiling(samples: Sequence[Sample], rows: int) -> bool:
-    """Whether drawing all `samples`, as many as `rows` at a time, likely takes longer than to compile first."""
-    return sum(sample.max_tokens for sample in samples) > _STEPS_TO_COMPILE_FOR * rows
+    """Whether drawing all `samples`, as many as `rows` at a time, likely takes longer than to compile first.
+
+    False where nothing can be compiled.
+    """
+    steps = sum(sample.max_tokens for sample in samples) / rows
+    return steps > _STEPS_TO_COMPILE_FOR and missing_for_compile() is None
 
 
 def run(batch: Batch, samples: Iterator[Sample]) -> Iterator[list[Sample]]:
     """Draw `samples` to their ends, as many at a time as `batch` has rows; yield, after each step, those in it."""
     rows: dict[int, Sample] = {}
-    while True:
-        free = (row for row in range(batch.size) if row not in rows)
-        new = dict(zip(free, samples, strict=False))
-        if new:
-            batch.start(new)
-            rows |= new
-        if not rows:
-            return
-        drawn = batch.step()
-        for row, sample in rows.items():
-            sample.take(drawn.tokens[row], drawn.logprobs[row])
-        yield list(rows.values())
-        ended = [row for row, sample in rows.items() if sample.ended]
-        if ended:
-            batch.stop(ended)
-        for row in ended:
-            del rows[row]
+    try:
+        while True:
+            free = (row for row in range(batch.size) if row not in rows)
+            new = dict(zip(free, samples, strict=False))
+            if new:
+                batch.start(new)
+                rows |= new
+            if not rows:
+                return
+            drawn = batch.step()
+            for row, sample in rows.items():
+                sample.take(drawn.tokens[row], drawn.logprobs[row])
+            yield list(rows.values())
+            ended = [row for row, sample in rows.items() if sample.ended]
+            if ended:
+                batch.stop(ended)
+            for row in ended:
+                del rows[row]
+    finally:
+        if rows:  # whoever asked has gone
+            batch.stop(list(rows))
 
 
 def tokens_left(config: ModelConfig, prompt_tokens: int) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from megagpt.model import GPT
+from megagpt.model.attention import Attention
 
 INDUCTOR_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     "realize_reads_threshold": 0,
@@ -21,28 +22,37 @@ INDUCTOR_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
 }
 """What torch.compile should be given for a decoder."""
 
+_MOST_KEYS = 2048
+"""Of all rows, up to which sums are faster than SDPA: beyond, what the compiler stores of them grows too large."""
+
 _LIBRARY = torch.library.Library("megagpt", "DEF")
 _LIBRARY.define("packed_linear(Tensor hidden_states, Tensor packed, Tensor? bias) -> Tensor")
 
 
-def decoder_of(model: GPT, rows: int) -> GPT:
+def decoder_of(model: GPT, rows: int, max_len: int) -> GPT:
     """`model` with the same weights, but with products for `rows` rows of one token; to be compiled.
 
-    On other devices than CPUs, and for what oneDNN cannot do, it is `model` itself.
+    max_len: the most positions that a row sees; attention is written out as sums where they are few. On other devices
+    than CPUs it is `model` itself.
     """
     weight = model.embedding.weight
     if weight.device.type != "cpu":
         return model
+    head = weight if model.config.tie_embeddings else model.head.weight
     if rows == 1:
         decoder = _with_linears(model, lambda linear: _RowLinear(linear.weight, linear.bias))
         decoder.output_kernel = row_linear
-        return decoder
-    if weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    elif weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         decoder = _with_linears(model, lambda linear: _PackedLinear(linear.weight, linear.bias, rows))
-        head = _PackedLinear(weight if model.config.tie_embeddings else model.head.weight, None, rows)
-        decoder.output_kernel = lambda hidden_states, _: head(hidden_states)
-        return decoder
-    return model
+        packed_head = _PackedLinear(head, None, rows)
+        decoder.output_kernel = lambda hidden_states, _: packed_head(hidden_states)
+    else:
+        decoder = _with_linears(model, lambda linear: linear)
+    if rows * max_len <= _MOST_KEYS:
+        for module in decoder.modules():
+            if isinstance(module, Attention):
+                module.sums_at_one_position = True
+    return decoder
 
 
 def row_linear(hidden_states: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -24,19 +24,21 @@ def generate(
     allowed: Tensor | None = None,
     slide: bool = False,
     compile: bool | None = None,
+    graphs: bool = True,
 ) -> Iterator[list[int | None]]:
     """Yield, step by step, the next token of each sample; None for samples that have ended.
 
     A sample ends before `stop_id`, after `max_new_tokens` tokens, or where the model's context is full; with `slide` it
     goes on there, and each token sees the last max_seq_len. `allowed`: (vocab,) bool, the ids that may be drawn; None:
     all. Sample i depends on seed and i only. `model` should be in eval mode. `compile`: whether to compile the step;
-    None: if it is worth it.
+    None: if it is worth it. `graphs`: see Batch.
     Raises UsageError for an empty prompt, one longer than the context, or learned positions that should slide;
     UserError if the logits are not finite.
     """
     max_tokens = longest(model.config, len(prompt_ids), max_new_tokens, slide)
     samples = [Sample(prompt_ids, sample_key(seed, index), max_tokens, stop_id) for index in range(num_samples)]
-    for step, _ in enumerate(run(_batch(model, samples, sampling, allowed, compile), iter(samples))):
+    batch = _batch(model, samples, sampling, allowed, compile, graphs)
+    for step, _ in enumerate(run(batch, iter(samples))):
         if all(len(sample.tokens) <= step for sample in samples):
             return
         yield [sample.tokens[step] if len(sample.tokens) > step else None for sample in samples]
@@ -73,11 +75,17 @@ def generate_text(
 
 
 def _batch(
-    model: GPT, samples: Sequence[Sample], sampling: Sampling, allowed: Tensor | None, compile: bool | None
+    model: GPT,
+    samples: Sequence[Sample],
+    sampling: Sampling,
+    allowed: Tensor | None,
+    compile: bool | None,
+    graphs: bool = True,
 ) -> Batch:
     rows = len(samples)
     compile = worth_compiling(samples, rows) if compile is None else compile
-    return Batch(model, sampling, rows, positions_needed(model, samples), allowed=allowed, compile=compile)
+    most = positions_needed(model, samples)
+    return Batch(model, sampling, rows, most, allowed=allowed, compile=compile, graphs=graphs)
 
 
 def positions_needed(model: GPT, samples: Sequence[Sample]) -> int:

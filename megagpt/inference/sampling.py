@@ -95,23 +95,24 @@ class Sampling:
         return probabilities / probabilities.sum(dim=-1, keepdim=True), ids
 
 
-def choose(sampling: Sampling, logits: Tensor, keys: Tensor, steps: Tensor) -> Tensor:
-    """The next token of each row, (batch,) int64, of logits (batch, vocab) after penalties; the rest: see draw."""
+def choose(sampling: Sampling, logits: Tensor, keys: Tensor, steps: Tensor, vocabulary: Tensor) -> Tensor:
+    """The next token of each row, (batch,) int64, of logits (batch, vocab) after penalties; keys and steps: see draw.
+
+    vocabulary: (vocab,) int64, all ids in order.
+    """
     if sampling.temperature == 0:
         return logits.argmax(dim=-1)
-    return draw(*sampling.candidates(logits), keys, steps)
+    probabilities, ids = sampling.candidates(logits)
+    return draw(probabilities, vocabulary if ids is None else ids, keys, steps)
 
 
-def draw(probabilities: Tensor, ids: Tensor | None, keys: Tensor, steps: Tensor) -> Tensor:
-    """One token a row: probabilities and ids, see Sampling.candidates; keys and steps (batch,) int64 -> (batch,) int64.
+def draw(probabilities: Tensor, ids: Tensor, keys: Tensor, steps: Tensor) -> Tensor:
+    """One token a row, (batch,) int64, of ids (n,) or (batch, n) int64 with probabilities (batch, n) fp64.
 
-    keys: see sample_key; steps: how many tokens the row's sample has already drawn.
+    keys: see sample_key; steps: how many tokens the row's sample has already drawn; both (batch,) int64.
     """
-    if ids is None:
-        tokens = torch.arange(probabilities.shape[-1], device=probabilities.device)
-        return (probabilities / exponentials(keys, steps, tokens)).argmax(dim=-1)
     winner = (probabilities / exponentials(keys, steps, ids)).argmax(dim=-1, keepdim=True)
-    return ids.gather(1, winner).squeeze(1)
+    return ids.expand_as(probabilities).gather(1, winner).squeeze(1)
 
 
 def exponentials(keys: Tensor, steps: Tensor, tokens: Tensor) -> Tensor:

@@ -78,6 +78,7 @@ class Attention(nn.Module):
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_attention_heads, config.kv_heads, config.head_dim
         self.dropout = config.dropout
         self.flex_kernel: FlexKernel | None = None
+        self.sums_at_one_position = False
         qkv_size = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         self.qkv = nn.Linear(config.hidden_size, qkv_size, bias=config.bias)
         self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
@@ -115,7 +116,7 @@ class Attention(nn.Module):
             return self.flex_kernel(
                 query, key, value, block_mask=mask.block_mask(), enable_gqa=grouped, kernel_options=options
             )
-        if query.shape[2] == 1 and torch.compiler.is_compiling():
+        if query.shape[2] == 1 and self.sums_at_one_position:
             return _attend_at_one(query, key, value, mask)
         if grouped and query.shape[2] == 1:
             # The heads of a group become its queries: one position sees all that it may, so they need no order.
@@ -140,7 +141,7 @@ class Attention(nn.Module):
 
 
 def _attend_at_one(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-    """The same of one position, as sums that a compiler fuses: the kernels of SDPA are made for many queries."""
+    """The same of one position, as sums that a compiler fuses: SDPA's kernels for CPUs are made for many queries."""
     batch, heads, _, head_dim = query.shape
     groups = query.view(batch, key.shape[1], -1, 1, head_dim).float() * head_dim**-0.5
     scores = (groups * key.unsqueeze(2).float()).sum(-1)  # (batch, kv_heads, heads of a group, keys)

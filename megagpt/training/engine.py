@@ -15,8 +15,6 @@ What this module guarantees on top of DeepSpeed, at every ZeRO stage:
 import importlib
 import io
 import logging
-import shutil
-import sysconfig
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from functools import partial
@@ -35,6 +33,7 @@ from megagpt.data.loader import Batch
 from megagpt.data.samples import IGNORE_INDEX
 from megagpt.errors import UsageError, UserError
 from megagpt.model.attention import missing_for_flex_attention
+from megagpt.model.compiling import missing_for_compile
 from megagpt.model.gpt import GPT, compile_attention, compile_blocks, compile_loss
 from megagpt.model.init import initialize_weights, learning_rate_scale, parameter_kind, stacked_heights
 from megagpt.training.checkpoint import SHARDS
@@ -316,16 +315,6 @@ class Engine:
 
     def _to_device(self, batch: Batch) -> Batch:
         return batch.to(self.device, non_blocking=True)
-
-
-def missing_for_compile() -> str | None:
-    """What torch.compile lacks on this machine to build kernels, on CPU and GPU alike; None if nothing."""
-    compilers = [name for name in torch._inductor.config.cpp.cxx if name]
-    if not any(shutil.which(name) for name in compilers):
-        return f"a C++ compiler ({' or '.join(compilers)})"
-    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
-        return "Python's headers (Python.h; the package python3-dev on Debian and Ubuntu)"
-    return None
 
 
 def init_process_group(device_type: str, store: dist.Store, rank: int, world_size: int) -> None:

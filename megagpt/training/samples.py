@@ -32,6 +32,8 @@ def continuations(
                 max_new_tokens=max_new_tokens,
                 seed=seed + number,
                 allowed=allowed.to(model.embedding.weight.device),
+                compile=False,
+                graphs=False,
             )
             tokens = [token for (token,) in steps if token is not None]
             if tokenizer.eod_id in tokens:

@@ -36,7 +36,7 @@ def test_a_decoder_has_the_models_weights_and_logits(family, dtype, rows):
     config = FAMILIES[family]
     model = build(config).to(dtype)
     before = {name: type(module) for name, module in model.named_modules()}
-    decoder = decoder_of(model, rows)
+    decoder = decoder_of(model, rows, max_len=8)
     assert {name: type(module) for name, module in model.named_modules()} == before, "the model itself is changed"
     ids = tokens(config, batch=rows, seq=1)
     tolerance = {"rtol": 0.02, "atol": 0.02} if dtype == torch.bfloat16 else {}

@@ -9,7 +9,7 @@ from scipy.stats import chisquare, kstest
 from transformers import MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopPLogitsWarper
 
 from megagpt.errors import UsageError
-from megagpt.inference.sampling import Sampling, draw, exponentials, sample_key
+from megagpt.inference.sampling import Sampling, choose, draw, exponentials, sample_key
 
 LOGITS = torch.tensor([0.3, -1.0, 2.0, 1.9, -30.0, 0.0, 1.0, float("-inf")])
 
@@ -42,7 +42,7 @@ def test_draws_have_the_exact_distribution(by):
     probabilities = Sampling(temperature=1.3).probabilities(LOGITS[None])
     numbers, same = torch.arange(n), torch.full((n,), sample_key("a seed"))
     keys, steps = (numbers, same * 0) if by == "key" else (same, numbers)
-    counts = draw(probabilities.expand(n, -1), None, keys, steps).bincount(minlength=8)
+    counts = draw(probabilities.expand(n, -1), torch.arange(8), keys, steps).bincount(minlength=8)
     assert counts[7] == 0, "impossible"
     likely = [0, 1, 2, 3, 5, 6]
     expected = torch.tensor(reference(LOGITS.tolist(), 1.3, None, None), dtype=torch.float64)[likely]
@@ -63,7 +63,7 @@ def test_rounding_errors_of_the_logits_change_almost_no_draw():
     logits = torch.randn(1000, generator=torch.Generator().manual_seed(0)).expand(20_000, -1).double()
     errors = 1e-5 * torch.randn(logits.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     keys = torch.arange(20_000)
-    chosen = [draw(values.softmax(-1), None, keys, keys) for values in (logits, logits + errors)]
+    chosen = [draw(values.softmax(-1), torch.arange(1000), keys, keys) for values in (logits, logits + errors)]
     assert (chosen[0] != chosen[1]).sum() <= 3, "0.4 are expected"
 
 
@@ -136,7 +136,7 @@ def test_the_frequency_penalty_counts():
 @given(hnp.arrays("float32", (4, 9), elements=VALUES), st.integers(-(2**63), 2**63 - 1), st.integers(0, 2**40))
 def test_only_possible_tokens_are_drawn(logits, key, step):
     probabilities = Sampling(top_p=0.9).probabilities(torch.from_numpy(logits))
-    tokens = draw(probabilities, None, torch.full((4,), key), torch.full((4,), step))
+    tokens = draw(probabilities, torch.arange(9), torch.full((4,), key), torch.full((4,), step))
     assert (probabilities.gather(1, tokens[:, None]) > 0).all()
 
 
@@ -169,3 +169,15 @@ def test_keys_tell_samples_apart():
 def test_values_out_of_range_are_named(values, message):
     with pytest.raises(UsageError, match=message.replace(".", r"\.")):
         Sampling(**values)
+
+
+@pytest.mark.parametrize("vocab_size", [1008, 50257])
+def test_compiled_draws_of_a_whole_vocabulary_are_the_plain_ones(vocab_size):
+    sampling, vocabulary = Sampling(temperature=0.8), torch.arange(vocab_size)
+    compiled = torch.compile(choose, dynamic=False)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(30):
+        logits = torch.randn(3, vocab_size, generator=generator)
+        keys, steps = torch.arange(3) * 7919 + step, torch.full((3,), step)
+        expected = choose(sampling, logits, keys, steps, vocabulary)
+        assert torch.equal(compiled(sampling, logits, keys, steps, vocabulary), expected)

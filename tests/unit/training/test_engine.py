@@ -5,9 +5,10 @@ import torch
 
 from megagpt.config.schema import RunConfig
 from megagpt.errors import UsageError
+from megagpt.model.compiling import missing_for_compile
 from megagpt.model.gpt import GPT
 from megagpt.model.init import parameter_kind
-from megagpt.training.engine import deepspeed_options, missing_for_compile
+from megagpt.training.engine import deepspeed_options
 from megagpt.training.optimizer import parameter_groups
 
 CPU = torch.device("cpu")
