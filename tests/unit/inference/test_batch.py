@@ -1,5 +1,7 @@
 """Rows that are decoded together: against transformers, and against each sample alone."""
 
+import gc
+import weakref
 from unittest.mock import patch
 
 import pytest
@@ -197,3 +199,34 @@ def test_compiling_is_worth_it_for_many_steps_only():
     assert not worth(100, 200, 16)
     assert worth(1000, 200, 16)
     assert worth(1, 100_000, 1)
+
+
+def test_a_batch_and_its_cache_go_as_soon_as_nobody_holds_them():
+    gc.disable()
+    try:
+        batch = Batch(build(FAMILIES["llama"]), Sampling(), 2, 40)
+        seen = weakref.ref(batch)
+        del batch
+        assert seen() is None
+    finally:
+        gc.enable()
+
+
+@torch.no_grad()
+def test_rows_that_a_caller_abandons_are_free_again():
+    config = FAMILIES["gpt2"]
+    batch = Batch(build(config), Sampling(temperature=0), 2, 40)
+    half = run(batch, iter([Sample([1, 2], 0, 39), Sample([3], 1, 39)]))
+    for _ in range(30):
+        next(half)
+    half.close()
+    sample = Sample([5, 6, 7], 0, 38)
+    for _ in run(batch, iter([sample])):
+        pass
+    (alone,) = drawn(build(config), [[5, 6, 7]], Sampling(temperature=0), rows=1, max_tokens=38)
+    assert sample.tokens == alone.tokens
+
+
+def test_without_a_compiler_nothing_is_worth_compiling(monkeypatch):
+    monkeypatch.setattr("megagpt.inference.batch.missing_for_compile", lambda: "a C++ compiler")
+    assert not worth_compiling([Sample([1], 0, 10**6)], 1)
