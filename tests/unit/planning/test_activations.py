@@ -25,6 +25,12 @@ PARTITIONED = "aot_eager_decomp_partition"
 """torch.compile without its last part: what is saved is decided, but no kernel is built."""
 
 
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    """What earlier tests compiled would count against the versions of a block, or make its sizes vary."""
+    torch.compiler.reset()
+
+
 def saved_bytes(config: ModelConfig, layout: Layout) -> int:
     """Bytes of the storages, parameters aside, that a forward pass under `layout` saves."""
     model = GPT(config, activation_checkpointing=layout.checkpointing == "full").train()
