@@ -5,7 +5,7 @@ import glob
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -19,15 +19,20 @@ Submit = Callable[..., int]
 
 
 @pytest.fixture
-def submit(cluster: Cluster, tmp_path: Path) -> Submit:
-    """Submit the lines of a batch script; its output is in tmp_path."""
+def submit(cluster: Cluster, tmp_path: Path) -> Iterator[Submit]:
+    """Submit the lines of a batch script; its output is in tmp_path. What a failed test leaves is cancelled."""
+    jobs: list[int] = []
 
     def submit(*lines: str, options: tuple[str, ...] = ()) -> int:
         script = tmp_path / "job.sh"
         script.write_text("\n".join(["#!/bin/bash", *lines]) + "\n")
-        return cluster.sbatch(script, options=["--open-mode=append", *options], cwd=tmp_path)
+        jobs.append(cluster.sbatch(script, options=["--open-mode=append", *options], cwd=tmp_path))
+        return jobs[-1]
 
-    return submit
+    yield submit
+    for job in jobs:
+        if cluster.job(job).state in ("RUNNING", "PENDING"):
+            cluster.scancel(job)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -116,6 +121,8 @@ def test_preemption_signals_the_tasks_and_leaves_the_script_to_requeue(cluster: 
     urgent = ["--partition=urgent", "--nodes=3", "--exclude=node4", "--wrap=true", "--output=/dev/null"]
     cluster.wait(int(cluster.run("sbatch", "--parsable", "--exclusive", *urgent)), "COMPLETED")
     assert cluster.job(job).restarts == 1
+    said = ("srun 85", "script TERM")
+    cluster.until(lambda: all(words in cluster.output(job) for words in said), 10, "the script has not said all")
     assert cluster.output(job).count("task TERM") == 3
     assert cluster.output(job).index("srun 85") < cluster.output(job).index("script TERM")
     cluster.scancel(job)
