@@ -36,28 +36,34 @@ MEASURED = "this"
 _TABLE_WIDTH = 140
 """Characters, where a pipe or a narrow terminal would cut columns."""
 
+DEFAULT_MTBF = f"{NODE_MTBF_HOURS:.0f}h"
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Changes to the configuration.")
+]
+DeviceName = Annotated[str, typer.Option(help="Device: h100-sxm, a100, ...; this: measure this machine's.")]
+GpusOfNode = Annotated[int, typer.Option("--nodes-gpus", min=1, help="GPUs of a node.")]
+Network = Annotated[str, typer.Option(help="Of one GPU to other nodes: 400gbps (bits) or 50GB/s (bytes).")]
+Tokens = Annotated[str | None, typer.Option(help="To train on: 300B; default: what the configuration says.")]
+Mtbf = Annotated[str, typer.Option(help="Mean time between failures of a node; default: that of Llama 3's training.")]
+HostMemory = Annotated[str, typer.Option("--host-memory", help="Of a node, for offload: bytes, 2T.")]
+
 
 def main(
     config: Annotated[
         Path | None, typer.Argument(metavar="CONFIG", help="A run's configuration: configs/llama_8b.yaml")
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Changes to the configuration.")
-    ] = None,
-    gpu: Annotated[str, typer.Option(help="Device: h100-sxm, a100, ...; this: measure this machine's.")] = "h100-sxm",
+    overrides: Overrides = None,
+    gpu: DeviceName = "h100-sxm",
     gpus: Annotated[str, typer.Option(help="Number of GPUs; several, as 8,64,512, draw scaling curves too.")] = "8",
-    nodes_gpus: Annotated[int, typer.Option("--nodes-gpus", min=1, help="GPUs of a node.")] = 8,
-    network: Annotated[
-        str, typer.Option(help="Of one GPU to other nodes: 400gbps (bits) or 50GB/s (bytes).")
-    ] = DEFAULT_NETWORK,
-    tokens: Annotated[str | None, typer.Option(help="To train on: 300B; default: what the configuration says.")] = None,
+    nodes_gpus: GpusOfNode = 8,
+    network: Network = DEFAULT_NETWORK,
+    tokens: Tokens = None,
     price: Annotated[float | None, typer.Option(min=0.0, help="Of a GPU for an hour, in any currency.")] = None,
-    mtbf: Annotated[
-        str, typer.Option(help="Mean time between failures of a node; default: that of Llama 3's training.")
-    ] = f"{NODE_MTBF_HOURS:.0f}h",
+    mtbf: Mtbf = DEFAULT_MTBF,
     restart: Annotated[str, typer.Option(help="From a failure until training goes on.")] = "10min",
     storage: Annotated[str, typer.Option(help="What all nodes together write to the file system.")] = "20GB/s",
-    host_memory: Annotated[str, typer.Option("--host-memory", help="Of a node, for offload: bytes, 2T.")] = "2T",
+    host_memory: HostMemory = "2T",
     find: Annotated[bool, typer.Option("--search", help="Rank all layouts that fit by their throughput.")] = False,
     json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all numbers as JSON.")] = None,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write one page with pictures.")] = None,

@@ -8,7 +8,20 @@ from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from megagpt.planning.failures import NODE_MTBF_HOURS
+from megagpt.scaling.devices import DEFAULT_NETWORK
+from tools.plan import (
+    DEFAULT_MTBF,
+    DeviceName,
+    GpusOfNode,
+    HostMemory,
+    Mtbf,
+    Network,
+    Overrides,
+    Tokens,
+    planned_machine,
+    planned_tokens,
+    storage_rate,
+)
 
 if TYPE_CHECKING:
     from megagpt.planning.simulation.study import Simulation
@@ -19,24 +32,18 @@ _TABLE_WIDTH = 170
 
 def simulate(
     config: Annotated[Path, typer.Argument(metavar="CONFIG", help="A run's configuration: configs/llama_70b.yaml")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Changes to the configuration.")
-    ] = None,
-    gpu: Annotated[str, typer.Option(help="Device: h100-sxm, a100, ...; this: measure this machine's.")] = "h100-sxm",
+    overrides: Overrides = None,
+    gpu: DeviceName = "h100-sxm",
     gpus: Annotated[str, typer.Option(help="Number of GPUs that train; spares come on top.")] = "8",
-    nodes_gpus: Annotated[int, typer.Option("--nodes-gpus", min=1, help="GPUs of a node.")] = 8,
-    network: Annotated[
-        str, typer.Option(help="Of one GPU to other nodes: 400gbps (bits) or 50GB/s (bytes).")
-    ] = "400gbps",
-    tokens: Annotated[str | None, typer.Option(help="To train on: 300B; default: what the configuration says.")] = None,
-    mtbf: Annotated[
-        str, typer.Option(help="Mean time between failures of a node; default: that of Llama 3's training.")
-    ] = f"{NODE_MTBF_HOURS:.0f}h",
+    nodes_gpus: GpusOfNode = 8,
+    network: Network = DEFAULT_NETWORK,
+    tokens: Tokens = None,
+    mtbf: Mtbf = DEFAULT_MTBF,
     restart: Annotated[str, typer.Option(help="From a failure until training goes on, with a node at hand.")] = "10min",
     storage: Annotated[
         str, typer.Option(help="What all nodes together write to the file system, and read.")
     ] = "20GB/s",
-    host_memory: Annotated[str, typer.Option("--host-memory", help="Of a node, for offload: bytes, 2T.")] = "2T",
+    host_memory: HostMemory = "2T",
     days: Annotated[float, typer.Option(min=0.01, help="To play.")] = 30.0,
     spares: Annotated[
         int | None, typer.Option(min=0, help="Nodes that stand by; default: enough for 99 % of the time.")
@@ -91,7 +98,6 @@ def simulate(
     from megagpt.planning.simulation.stragglers import Stragglers
     from megagpt.planning.simulation.study import simulate as play
     from megagpt.planning.units import parse_count, parse_seconds
-    from tools.plan import planned_machine, planned_tokens, storage_rate
 
     saving = [] if asynchronous is None else [f"checkpoint.asynchronous={str(asynchronous).lower()}"]
     loaded, count = load_config(config, [*(overrides or []), *saving]), parse_count(gpus, "--gpus")

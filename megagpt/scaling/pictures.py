@@ -6,7 +6,7 @@ and white. Bars at points and grey bands are 95% intervals.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 
@@ -40,8 +40,11 @@ class Drawn:
     """Numbers of ranks to predict, by curve."""
 
 
+DrawnT = TypeVar("DrawnT")
+
+
 @dataclass(frozen=True)
-class StudyPicture:
+class StudyPicture(Generic[DrawnT]):
     """One kind of picture."""
 
     name: str
@@ -49,10 +52,10 @@ class StudyPicture:
     title: str
     note: str
     """How to read it."""
-    draw: "Callable[[Drawn, Theme], Figure | None]"
+    draw: "Callable[[DrawnT, Theme], Figure | None]"
     """Draws it; None: the study has no data for it."""
 
-    def render(self, drawn: Drawn) -> bytes | None:
+    def render(self, drawn: DrawnT) -> bytes | None:
         """As a PNG file; None: the study has no data for it."""
         return render(Picture(self.name, self.title, self.note, lambda _, theme: self.draw(drawn, theme)), (), LIGHT)
 

@@ -191,19 +191,26 @@ def load_study(path: str | Path, changes: Sequence[str] = ()) -> StudyConfig:
 
     Raises ConfigError that names every problem at once.
     """
-    of_runs = [change for change in changes if change.partition("=")[0].partition(".")[0] in RunConfig.model_fields]
-    of_study = [change for change in changes if change not in of_runs]
+    of_study, of_runs = split_changes(changes)
     study = load_section(StudyConfig, path, of_study)
     if not of_runs:
         return study
-    values = {}
-    for change in of_runs:
+    return load_section(StudyConfig, path, [*of_study, ("overrides", study.overrides | of_runs)])
+
+
+def split_changes(changes: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Changes to a study, and keys and values of those to its runs' configuration. Raises ConfigError."""
+    of_study, of_runs = [], {}
+    for change in changes:
         key, _, text = change.partition("=")
+        if key.partition(".")[0] not in RunConfig.model_fields:
+            of_study.append(change)
+            continue
         try:
-            values[key], _, _ = parse(text)
+            of_runs[key], _, _ = parse(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"override {change}: {describe_error(error, text)}") from None
-    return load_section(StudyConfig, path, [*of_study, ("overrides", study.overrides | values)])
+    return of_study, of_runs
 
 
 def plan(study: StudyConfig, kind: Kind) -> list[Entry]:

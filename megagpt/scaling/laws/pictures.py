@@ -14,8 +14,8 @@ from megagpt.scaling.laws.coordinates import PLACES, Coordinates
 from megagpt.scaling.laws.findings import Findings
 from megagpt.scaling.laws.ladder import LadderRun
 from megagpt.scaling.laws.study import short
-from megagpt.scaling.pictures import LINES, MARKERS
-from megagpt.training.plots import LIGHT, Picture, Theme, compact, render
+from megagpt.scaling.pictures import LINES, MARKERS, StudyPicture
+from megagpt.training.plots import Theme, compact
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,23 +33,6 @@ class Drawn:
     coordinates: list[Coordinates]
     counted: str
     """What N counts: all, or body."""
-
-
-@dataclass(frozen=True)
-class LawsPicture:
-    """One kind of picture."""
-
-    name: str
-    """Of its file, without .png."""
-    title: str
-    note: str
-    """How to read it."""
-    draw: "Callable[[Drawn, Theme], Figure | None]"
-    """Draws it; None: the study has no data for it."""
-
-    def render(self, drawn: Drawn) -> bytes | None:
-        """As a PNG file; None: the study has no data for it."""
-        return render(Picture(self.name, self.title, self.note, lambda _, theme: self.draw(drawn, theme)), (), LIGHT)
 
 
 def _draw_loss(drawn: Drawn, theme: Theme) -> "Figure | None":
@@ -184,35 +167,35 @@ def _draw_coordinates(drawn: Drawn, theme: Theme) -> "Figure | None":
 
 
 PICTURES = (
-    LawsPicture(
+    StudyPicture(
         "loss",
         "Loss over compute",
         "A marker a run, a line a size: the law fitted to all runs. Hollow runs were held out for the prediction; "
         "their bars are 95 % intervals of what the law of the other runs says of them.",
         _draw_loss,
     ),
-    LawsPicture(
+    StudyPicture(
         "isoflop",
         "IsoFLOP curves",
         "Runs of the same FLOPs, a parabola in log N through them, and its minimum (star) with its 95 % interval, if "
         "it lies between the sizes.",
         _draw_isoflops,
     ),
-    LawsPicture(
+    StudyPicture(
         "best_size",
         "Best size for a budget",
         "Right of the dashed vertical line nothing is trained. Squares are minima of IsoFLOP curves with 95 % "
         "intervals.",
         _draw_best_size,
     ),
-    LawsPicture(
+    StudyPicture(
         "residuals",
         "Residuals",
         "Filled: the runs against the law of all of them. Hollow: held-out runs against the law of the others. A trend "
         "means that the law does not describe the ladder.",
         _draw_residuals,
     ),
-    LawsPicture(
+    StudyPicture(
         "coordinates",
         "Coordinate check",
         "How far activations are from their initial values after a few steps, by width: muP's do not depend on it.",

@@ -10,16 +10,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-import yaml
 from pydantic import Field, JsonValue, ValidationInfo, field_validator
 
 from megagpt.config import ModelConfig, RunConfig, check_batches
 from megagpt.config.loading import load_section
 from megagpt.config.schema import Section
-from megagpt.config.yaml12 import describe_error, parse
 from megagpt.errors import ConfigError
 from megagpt.model.counts import flops_per_token, parameter_count
-from megagpt.scaling.study import Entry
+from megagpt.scaling.study import Entry, split_changes
 
 Budget = Annotated[float, Field(gt=0)]
 
@@ -159,19 +157,11 @@ def load_laws(path: str | Path, changes: Sequence[str] = ()) -> LawsConfig:
 
     Raises ConfigError that names every problem at once.
     """
-    of_runs = [change for change in changes if change.partition("=")[0].partition(".")[0] in RunConfig.model_fields]
-    of_study = [change for change in changes if change not in of_runs]
+    of_study, of_runs = split_changes(changes)
     study = load_section(LawsConfig, path, of_study)
     if not of_runs:
         return study
-    values = {}
-    for change in of_runs:
-        key, _, text = change.partition("=")
-        try:
-            values[key], _, _ = parse(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"override {change}: {describe_error(error, text)}") from None
-    return load_section(LawsConfig, path, [*of_study, ("overrides", study.overrides | values)])
+    return load_section(LawsConfig, path, [*of_study, ("overrides", study.overrides | of_runs)])
 
 
 def plan_laws(study: LawsConfig) -> list[Entry]:
