@@ -21,7 +21,7 @@ from megagpt.config import load_config
 from megagpt.errors import UsageError
 from megagpt.inference.loading import resolve_device
 from megagpt.inference.sampling import Sampling
-from tools.command import run_command
+from tools.command import end_when_asked_to, run_command
 from tools.generate import DTYPES, Device, Precision
 
 PROGRAM = "python -m tools.benchmark"
@@ -268,4 +268,5 @@ def _write(result: dict[str, Any], output: Path | None) -> None:
 
 
 if __name__ == "__main__":
+    end_when_asked_to()
     run_command(app, PROGRAM)

@@ -7,6 +7,7 @@ usage errors are turned into one line; any other exception is a bug and keeps it
 import errno
 import io
 import os
+import signal
 import sys
 from typing import Any, NoReturn
 
@@ -61,3 +62,17 @@ def fail(message: str, code: int) -> int:
     """Print `error: message` on stderr and return `code`."""
     print(f"error: {message}", file=sys.stderr, flush=True)
     return code
+
+
+def end_when_asked_to(message: str = "terminated") -> None:
+    """From now on SIGTERM and SIGHUP end the command in this line, where it is: so that it leaves nothing half-made.
+
+    No `except Exception` holds the SystemExit up, which they raise.
+    """
+
+    def end(number: int, _: object) -> NoReturn:
+        raise SystemExit(fail(message, 128 + number))
+
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
+            signal.signal(number, end)

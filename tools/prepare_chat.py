@@ -1,7 +1,6 @@
 """python -m tools.prepare_chat: conversations to a token dataset of which a model learns what the assistant says."""
 
-import signal
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 if __name__ == "__main__":
     from tools.interrupt import end_at_once_on_interrupt
@@ -16,7 +15,7 @@ from megagpt.corpus.chat import ChatConfig, ChatReport, prepare_chat
 from megagpt.corpus.display import display
 from megagpt.corpus.quarantine import QUARANTINE_NAME
 from megagpt.corpus.sources import one_line
-from tools.command import fail, run_command, single_command
+from tools.command import end_when_asked_to, run_command, single_command
 
 NAME = "python -m tools.prepare_chat"
 
@@ -64,19 +63,12 @@ def prepare_chat_command(
         "max_bad": max_bad,
     }
     overrides = [(key, value) for key, value in options.items() if value is not None]
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup leaves SIGHUP
-            signal.signal(number, _terminate)
+    end_when_asked_to("terminated; nothing was made")
     console = Console(markup=False, emoji=False, highlight=False, soft_wrap=True)
     config = load_section(ChatConfig, None, overrides)
     with display(console) as observe:
         report = prepare_chat(config, observe, overwrite)
     _print_summary(console, report)
-
-
-def _terminate(number: int, _: object) -> NoReturn:
-    """End where the program is, so that it leaves no half-written folder; no `except Exception` holds SystemExit up."""
-    raise SystemExit(fail("terminated; nothing was made", 128 + number))
 
 
 def _print_summary(console: Console, report: ChatReport) -> None:

@@ -1,8 +1,6 @@
 """python -m tools.scaling: how a run scales over ranks and nodes, measured, fitted and extrapolated."""
 
 import os
-import signal
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +15,7 @@ from megagpt.scaling.prediction import Predictor
 from megagpt.scaling.report import DEFAULT_PREDICTOR, versions, write_report
 from megagpt.scaling.slurm import Slurm
 from megagpt.scaling.study import Entry, Kind, StudyConfig, load_study, plan
-from tools.command import fail, run_command
+from tools.command import end_when_asked_to, run_command
 from tools.simulate import simulate
 
 PROGRAM = "python -m tools.scaling"
@@ -175,7 +173,7 @@ def _run(
     use_slurm: bool,
 ) -> None:
     """What is missing or failed of a study, and its report."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(fail("terminated", 128 + signal.SIGTERM)))
+    end_when_asked_to()
     with locked(output):
         folder = StudyFolder.create(output, _stored(kind, file, study, entries, use_slurm), entries)
         if use_slurm:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -100,3 +101,16 @@ def test_what_cannot_be_is_one_line(tmp_path: Path) -> None:
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith(message)
         assert done.stderr.count("\n") == 1
+
+
+def test_a_benchmark_that_is_terminated_leaves_nothing(tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    command = [sys.executable, "-m", "tools.benchmark", "data", "--folder", str(scratch)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + 120
+        while not (scratch.exists() and any(scratch.iterdir())) and time.monotonic() < until:
+            time.sleep(0.1)
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (143, "error: terminated\n")
+    assert list(scratch.iterdir()) == []
