@@ -46,6 +46,16 @@ def test_the_model_reads_what_training_had_before_an_answer():
     assert read[0] + read[1] == before
 
 
+def test_a_cache_that_grows_with_the_conversation_gives_the_same_answers(monkeypatch):
+    def answers():
+        chat, _ = conversation(400)
+        return ["".join(chat.say(content)) for content in ("Hi", "Why?", "And so on?")]
+
+    expected = answers()  # by a cache as long as the context
+    monkeypatch.setattr("megagpt.inference.chat._LEAST_POSITIONS", 1)
+    assert answers() == expected
+
+
 def test_the_oldest_exchanges_leave_the_context_first():
     chat, read = conversation(120)
     for content in ("first", "second", "third", "fourth"):
