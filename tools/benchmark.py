@@ -17,6 +17,7 @@ from megagpt.benchmark.checkpoint import CheckpointBenchmark
 from megagpt.benchmark.corpus import PARTS, Benchmark
 from megagpt.benchmark.data import DataBenchmark
 from megagpt.benchmark.generate import GenerateBenchmark
+from megagpt.benchmark.peers import check_peers
 from megagpt.config import load_config
 from megagpt.errors import UsageError
 from megagpt.inference.loading import resolve_device
@@ -68,6 +69,7 @@ def train(
                 raise UsageError(f"--against {words!r}: train.{key} must be that of all contenders")
         if variant.seq_len != run_config.seq_len:
             raise UsageError(f"--against {words!r}: the sequence length must be that of all contenders")
+    check_peers(run_config.model, transformers, nanogpt)
     console = Console(highlight=False, soft_wrap=True)
     with joined(discover(), run_config.train) as (_, device):
         from megagpt.benchmark.train import Peers, compare

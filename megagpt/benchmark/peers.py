@@ -1,6 +1,7 @@
 """The same model, with the same weights, in the code of this project's peers."""
 
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from megagpt.config.schema import ModelConfig
 from megagpt.convert import huggingface, nanogpt
-from megagpt.errors import UserError
+from megagpt.errors import UsageError, UserError
 from megagpt.model import GPT
 from megagpt.training.weights import Weight, Weights
 
@@ -52,10 +53,18 @@ def check_peers(config: ModelConfig, transformers: bool, nanogpt_file: Path | No
             raise UserError(
                 f"{error}; install it with pip install 'megagpt[export]', or do not compare with it"
             ) from error
-        huggingface.expressed(config, {})
+        _check_expressed(huggingface.expressed, config)
     if nanogpt_file:
-        nanogpt.expressed(_with_its_gelu(config), {})
+        _check_expressed(nanogpt.expressed, _with_its_gelu(config))
         _imported(nanogpt_file)
+
+
+def _check_expressed(expressed: Callable[[ModelConfig, Weights], object], config: ModelConfig) -> None:
+    """The conversion's refusal, without the name of its option."""
+    try:
+        expressed(config, {})
+    except UsageError as error:
+        raise UsageError(f"cannot compare: {str(error).partition(': ')[2]}") from None
 
 
 def _with_its_gelu(config: ModelConfig) -> ModelConfig:

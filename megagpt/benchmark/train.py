@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from megagpt.benchmark.peers import check_peers, nanogpt_model, transformers_model, weights_of
+from megagpt.benchmark.peers import nanogpt_model, transformers_model, weights_of
 from megagpt.benchmark.turns import machine, ratio, take_turns
 from megagpt.config import check_batch
 from megagpt.config.schema import RunConfig
@@ -53,7 +53,6 @@ def compare(
     """
     if dist.get_world_size() > 1:
         raise UsageError("the comparison is of one process; start it without a launcher")
-    check_peers(config.model, peers.transformers, peers.nanogpt)
     batch = random_batch(config, device)
     micro_batch_size, accumulation_steps = check_batch(config.train.global_batch_size, config.train.micro_batch_size, 1)
     micro_batches = [batch[i : i + micro_batch_size] for i in range(0, len(batch), micro_batch_size)]

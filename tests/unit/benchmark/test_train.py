@@ -33,6 +33,11 @@ def test_a_step_is_compared_with_the_plain_loop_and_transformers(tmp_path: Path)
     assert "as fast as transformers, compiled (pair by pair: " in done.stdout
 
 
+def test_what_a_peer_cannot_express_is_refused_before_anything_starts():
+    with pytest.raises(UsageError, match=r"^cannot compare: nanoGPT .*position"):
+        train("configs/small.yaml", ["model.position=rope"], nanogpt=Path("model.py"))
+
+
 def test_a_variant_must_have_the_same_batch():
     with pytest.raises(
         UsageError, match=r"--against 'train\.global_batch_size=16': train\.global_batch_size must be that"
