@@ -1,13 +1,14 @@
 """python -m tools.benchmark: measure this machine's speed with this code, side by side with a plain alternative."""
 
-import json
 import os
+import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.console import Console
 
@@ -16,20 +17,34 @@ from launch.process import joined
 from megagpt.benchmark.checkpoint import CheckpointBenchmark
 from megagpt.benchmark.corpus import PARTS, Benchmark
 from megagpt.benchmark.data import DataBenchmark
+from megagpt.benchmark.figures import aligned, figures_of
 from megagpt.benchmark.generate import GenerateBenchmark
+from megagpt.benchmark.machine import PROGRAM, command_of, head
+from megagpt.benchmark.measurements import check_writable, write_measurement
 from megagpt.benchmark.peers import check_peers
+from megagpt.benchmark.suite import CPU, GPU, Entry, run_suite, summary
 from megagpt.config import load_config
-from megagpt.errors import UsageError
+from megagpt.errors import UsageError, UserError
 from megagpt.inference.loading import resolve_device
 from megagpt.inference.sampling import Sampling
 from tools.command import end_when_asked_to, run_command
 from tools.generate import DTYPES, Device, Precision
 
-PROGRAM = "python -m tools.benchmark"
-
 DEFAULT_MODELS = ("configs/small.yaml", "configs/gpt2_124m.yaml")
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False, no_args_is_help=True)
+
+
+def _writable(option: typer.CallbackParam, path: Path | None) -> Path | None:
+    """Refused before anything is measured, not after it."""
+    if path:
+        check_writable(path, option.opts[0])
+    return path
+
+
+Output = Annotated[
+    Path | None, typer.Option(help="Write the result to this JSON file too, with its machine.", callback=_writable)
+]
 
 
 @app.callback()
@@ -55,7 +70,7 @@ def train(
         list[str] | None,
         typer.Option(help="Compare with this configuration changed: 'section.key=value ...'; may be given repeatedly."),
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file too.")] = None,
+    output: Output = None,
 ) -> None:
     """A training step against a plain torch loop: same model, compiled as a whole, autocast, full logits, fused AdamW.
 
@@ -75,17 +90,9 @@ def train(
         from megagpt.benchmark.train import Peers, compare
 
         result = compare(run_config, steps, device, Peers(transformers, nanogpt, variants), console.print)
-    seconds, rates = result["step_seconds"], result["tokens_per_second"]
-    for name in seconds:
-        console.print(f"{name:22} {seconds[name]:.3f} s a step, {rates[name]:,.0f} tokens/s (median of {steps})")
     if result["mfu"]:
         console.print(f"MFU {result['mfu']:.1%}, at {result['model_flops_per_second'] / 1e12:,.0f} TFLOP/s")
-    for name, speedup in result["speedup_over"].items():
-        console.print(
-            f"megagpt is {speedup['median']:.2f} x as fast as {name} "
-            f"(pair by pair: {speedup['min']:.2f} to {speedup['max']:.2f})"
-        )
-    _write(result, output)
+    _write("train", result, output)
 
 
 @app.command()
@@ -95,8 +102,8 @@ def growth(
         list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Changes to the configuration.")
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Counted steps of each size, after two that do not count.")] = 5,
-    plot: Annotated[Path | None, typer.Option(help="Draw it, as a PNG file.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file too.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw it, as a PNG file.", callback=_writable)] = None,
+    output: Output = None,
 ) -> None:
     """How a training step's time grows with sequence length, depth, width and batch: half to four times each.
 
@@ -109,9 +116,8 @@ def growth(
 
         found = measure_growth(run_config, steps, device, console.print)
         if plot:
-            plot.parent.mkdir(parents=True, exist_ok=True)
             draw(found, plot)
-        _write(as_json(found, device), output)
+        _write("growth", as_json(found), output)
 
 
 @app.command()
@@ -129,7 +135,7 @@ def corpus(
     folder: Annotated[
         Path | None, typer.Option(help="Scratch space, five times the text. [default: the system's]")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file too.")] = None,
+    output: Output = None,
 ) -> None:
     """From text to token files: signatures, banding, tokenization, whole runs, and how the cost grows.
 
@@ -151,7 +157,7 @@ def corpus(
             large=large,
             report=console.print,
         )
-        _write(benchmark.run(chosen), output)
+        _write("corpus", benchmark.run(chosen), output)
 
 
 @app.command()
@@ -163,7 +169,7 @@ def data(
     folder: Annotated[
         Path | None, typer.Option(help="Scratch space, 0.5 GB by default. [default: the system's]")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file too.")] = None,
+    output: Output = None,
 ) -> None:
     """From token files to batches: reading, opening a huge dataset, random access, a blend of many, resuming.
 
@@ -171,7 +177,7 @@ def data(
     """
     with _scratch(folder) as scratch:
         benchmark = DataBenchmark(scratch, tokens, documents, datasets, repeats, _printer())
-        _write(benchmark.run(), output)
+        _write("data", benchmark.run(), output)
 
 
 @app.command()
@@ -183,14 +189,14 @@ def checkpoint(
     folder: Annotated[
         Path | None, typer.Option(help="Scratch space on the disk to measure, 7 GB by default. [default: the system's]")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file too.")] = None,
+    output: Output = None,
 ) -> None:
     """Saving and loading beside a plain copy of files, what an asynchronous save stalls, and another number of ranks.
 
     Example: python -m tools.benchmark checkpoint --parameters 20000000 --folder /scratch
     """
     with _scratch(folder) as scratch:
-        _write(CheckpointBenchmark(scratch, parameters, repeats, _printer()).run(), output)
+        _write("checkpoint", CheckpointBenchmark(scratch, parameters, repeats, _printer()).run(), output)
 
 
 @app.command()
@@ -210,7 +216,7 @@ def generate(
     nanogpt: Annotated[
         Path | None, typer.Option(help="The model.py of a checkout of nanoGPT, to compare with.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="Write the result to this JSON file too.")] = None,
+    output: Output = None,
 ) -> None:
     """Sampling, side by side with transformers' generate and nanoGPT's sampler, as a share of memory's speed.
 
@@ -237,7 +243,7 @@ def generate(
         nanogpt=nanogpt,
         report=console.print,
     )
-    _write(benchmark.run(models, _sizes(rows)), output)
+    _write("generate", benchmark.run(models, _sizes(rows)), output)
 
 
 @contextmanager
@@ -253,6 +259,43 @@ def _scratch(folder: Path | None) -> Iterator[Path]:
         yield Path(path)
 
 
+@app.command("all")
+def measure_all(
+    output: Annotated[Path, typer.Option(help="Folder of the results, a JSON file each.")] = Path("runs/benchmark"),
+    nanogpt: Annotated[
+        Path | None, typer.Option(help="The model.py of a checkout of nanoGPT, to compare with.")
+    ] = None,
+    only: Annotated[str | None, typer.Option(help="Names of measurements, separated by commas. [default: all]")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the folder has.")] = False,
+    show_list: Annotated[bool, typer.Option("--list", help="List the measurements, and measure nothing.")] = False,
+) -> None:
+    """All that docs/performance.md shows, on a GPU if there is one, else on a CPU; goes on with what is missing.
+
+    Example: python -m tools.benchmark all --output runs/benchmark --nanogpt ../nanoGPT/model.py
+    """
+    show = _printer()
+    if show_list:
+        for entry in (*CPU, *GPU):
+            show(f"{entry.name:22} {command_of(entry.arguments(output, nanogpt))}")
+        return
+    entries = _chosen(GPU if torch.cuda.is_available() else CPU, only)
+    if nanogpt and not nanogpt.is_file():
+        raise UsageError(f"--nanogpt {nanogpt}: no such file; give the model.py of a checkout of nanoGPT")
+    check_writable(output / "any.json", "--output")
+    failed = run_suite(entries, output, nanogpt, fresh, show)
+    _print_table(aligned(summary(entries, output)))
+    if failed:
+        raise UserError(f"{len(failed)} of {len(entries)} measurements failed: {', '.join(failed)}")
+
+
+def _chosen(entries: Sequence[Entry], only: str | None) -> list[Entry]:
+    names = [entry.name for entry in entries]
+    chosen = [name.strip() for name in only.split(",")] if only else names
+    if unknown := [name for name in chosen if name not in names]:
+        raise UsageError(f"--only {','.join(unknown)}: choose from {', '.join(names)}")
+    return [entry for entry in entries if entry.name in chosen]
+
+
 def _printer() -> Callable[[str], None]:
     return Console(highlight=False, soft_wrap=True).print
 
@@ -263,10 +306,17 @@ def _sizes(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
-def _write(result: dict[str, Any], output: Path | None) -> None:
+def _write(benchmark: str, result: dict[str, Any], output: Path | None) -> None:
+    """The result's figures as a table; with its head to the file."""
+    _print_table(aligned(figures_of({"benchmark": benchmark, **result})))
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_measurement(output, head(benchmark, sys.argv[1:]), result)
+
+
+def _print_table(lines: Sequence[str]) -> None:
+    show = _printer()
+    for line in ("", *lines):
+        show(line)
 
 
 if __name__ == "__main__":

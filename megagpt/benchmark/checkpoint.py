@@ -61,8 +61,6 @@ class CheckpointBenchmark:
 
     def run(self) -> Result:
         """All results; JSON types. UserError: the disk is too small, or a rank failed."""
-        from megagpt.benchmark.turns import machine, torch
-
         needed, free = 6 * BYTES_PER_PARAMETER * self.parameters, shutil.disk_usage(self.folder).free
         if free < needed:
             raise UserError(
@@ -78,7 +76,6 @@ class CheckpointBenchmark:
         measured = self._bandwidths(saved) | self._stall(saved)
         changed = call(_MODULE, "change_ranks", {**arguments, "checkpoint": saved["checkpoint"]}, ranks=OTHER_RANKS)
         return {
-            "machine": machine(torch.device("cpu"), "deepspeed"),
             **{key: saved[key] for key in ("parameters", "zero_stage", "bytes", "largest_shard_bytes", "seconds")},
             "ranks": RANKS,
             **measured,
@@ -92,18 +89,22 @@ class CheckpointBenchmark:
             ratios = [their / our for their, our in zip(theirs, ours, strict=True)]
             rates = [saved["bytes"] / statistics.median(times) for times in (ours, theirs)]
             more = f"{rates[0] / 1e9:.2f} against {rates[1] / 1e9:.2f} GB/s, {min(ratios):.2f} to {max(ratios):.2f}"
-            judged = TARGETS["bandwidth"].judge(f"bandwidth of a {name}", statistics.median(ratios), self.report, more)
+            figure = f"bandwidth of a {name}"
+            judged = TARGETS["bandwidth"].judge(figure, statistics.median(ratios), self.report, more, ratios)
             found[name] = {"bytes_per_second": rates[0], "copy_bytes_per_second": rates[1], "ratio": judged}
         return found
 
     def _stall(self, saved: Result) -> Result:
         stalls, whole = saved["seconds"]["stall"], saved["seconds"]["save"]
-        ratio = statistics.median(stall / seconds for stall, seconds in zip(stalls, whole, strict=True))
+        ratios = [stall / seconds for stall, seconds in zip(stalls, whole, strict=True)]
         more = (
             f"{statistics.median(stalls):.2f} of {statistics.median(whole):.2f} s; the first {saved['first_stall']:.2f}"
         )
-        judged = TARGETS["stall"].judge("stall of an asynchronous save", ratio, self.report, more)
-        return {"stall": {"ratio": judged, "first_seconds": saved["first_stall"]}}
+        judged = TARGETS["stall"].judge(
+            "stall of an asynchronous save", statistics.median(ratios), self.report, more, ratios
+        )
+        median_seconds = {"seconds": statistics.median(stalls), "synchronous_seconds": statistics.median(whole)}
+        return {"stall": {"ratio": judged, **median_seconds, "first_seconds": saved["first_stall"]}}
 
     def _change(self, saved: Result, changed: Result) -> Result:
         seconds, memory, shard = changed["seconds"], changed["memory_bytes"], saved["largest_shard_bytes"]

@@ -73,8 +73,6 @@ class DataBenchmark:
 
         UserError: the disk refuses, or a measured process failed. UsageError: the documents would be too long.
         """
-        from megagpt.benchmark.turns import machine, torch
-
         if self.tokens // self.documents > _MEAN_LENGTH:
             raise UsageError(
                 f"--documents {self.documents}: for {self.tokens} tokens a document would be too long for an index, "
@@ -89,7 +87,6 @@ class DataBenchmark:
         disk = sum(file.stat().st_blocks * 512 for file in self.folder.rglob("*"))
         self.report(f"scratch: {disk / 1e9:.2f} GB of disk in {self.folder}")
         return {
-            "machine": machine(torch.device("cpu"), "numpy"),
             "tokens": self.tokens,
             "documents": self.documents,
             "datasets": self.datasets,
@@ -109,7 +106,13 @@ class DataBenchmark:
             for name, seconds in found["seconds"].items()
         }
         more = f"{found['ratio']['median']:.2f} x a plain memmap loop, pair by pair {_span(found['ratio'])}"
-        judged = TARGETS["loader"].judge("loader, one core", rates["megagpt"], self.report, more)
+        judged = TARGETS["loader"].judge(
+            "loader, one core",
+            rates["megagpt"],
+            self.report,
+            more,
+            [STEP_SAMPLES * SEQ_LEN * found["steps"] / seconds for seconds in found["seconds"]["megagpt"]],
+        )
         for name, rate in rates.items():
             self.report(f"loader: {name}: {rate / 1e6:.1f} million tokens/s")
         return {"tokens_per_second": rates, "ratio": found["ratio"], "rate": judged}
@@ -126,14 +129,14 @@ class DataBenchmark:
                 "seconds", "opening it for training, to the first batch", training["seconds"]
             ),
             "training_bytes": self._judged("bytes", "  memory beside the imports", training["bytes"]),
-            "import_bytes": training["import_bytes"],
+            "import_bytes": statistics.median(training["import_bytes"]),
         }
 
     def _access(self, prefix: str) -> Result:
         found = call(_MODULE, "access_in_turns", {"prefix": prefix, "repeats": self.repeats}, cpus=1)
         return {
             name: self._judged(
-                "access", f"random access, {name}", times["median"], f"99% within {times['p99'] * 1e6:.0f} us"
+                "access", f"random access, {name}", times["medians"], f"99% within {times['p99'] * 1e6:.0f} us"
             )
             | {"p99": times["p99"]}
             for name, times in found.items()
@@ -144,7 +147,7 @@ class DataBenchmark:
         name = f"start of a blend of {self.datasets:,} datasets, to the first batch"
         return {
             "seconds": self._judged("blend", name, found["seconds"]),
-            "bytes": found["bytes"],
+            "bytes": statistics.median(found["bytes"]),
         }
 
     def _resume(self, prefix: str) -> Result:
@@ -152,21 +155,18 @@ class DataBenchmark:
         sources = [{"path": prefix}]
         whole = call(_MODULE, "run_through", {"sources": sources})
         found = self._fresh("resume", {"sources": sources, "history": whole["history"]})
-        if found["batch"] != whole["batch"]:
+        if set(found["batch"]) != {whole["batch"]}:
             raise UserError(f"the batch of step {RESUME_STEP:,} after a resume is another one than in a run without")
         seconds = self._judged("resume", f"resume at step {RESUME_STEP:,}, to its batch", found["seconds"], "the same")
         return {"step": RESUME_STEP, "seconds": seconds, "same_batch": True}
 
-    def _fresh(self, function: str, arguments: Result) -> Result:
-        """Medians of `repeats` processes; other values are those of the last."""
+    def _fresh(self, function: str, arguments: Result) -> dict[str, list[Any]]:
+        """What `repeats` processes return, by key."""
         runs = [call(_MODULE, function, arguments) for _ in range(self.repeats)]
-        return {
-            key: statistics.median(run[key] for run in runs) if isinstance(value, int | float) else value
-            for key, value in runs[-1].items()
-        }
+        return {key: [run[key] for run in runs] for key in runs[0]}
 
-    def _judged(self, target: str, name: str, value: float, more: str = "") -> Result:
-        return TARGETS[target].judge(name, value, self.report, more)
+    def _judged(self, target: str, name: str, values: Sequence[float], more: str = "") -> Result:
+        return TARGETS[target].judge(name, statistics.median(values), self.report, more, values)
 
     def _write_huge(self) -> str:
         """Documents of random lengths: a whole index, and tokens of zeros that take no disk."""
@@ -297,23 +297,25 @@ def read_in_turns(arguments: Result) -> Result:
 
 
 def access_in_turns(arguments: Result) -> Result:
-    """Seconds that single samples take, drawn from ten epochs, without and with a document mask."""
+    """Seconds that single samples take, drawn from ten epochs, without and with a document mask, by turn."""
     import torch
 
     torch.set_num_threads(1)
     sources = [{"path": arguments["prefix"]}]
     readers = {"no mask": _training_data(sources), "document mask": _training_data(sources, document_mask=True)}
     random = np.random.default_rng(3)
-    times: dict[str, list[float]] = {name: [] for name in readers}
+    times: dict[str, list[list[float]]] = {name: [] for name in readers}
     for _ in range(arguments["repeats"]):
         for name, data in readers.items():
+            turn = []
             for sample in random.integers(0, 10 * data.datasets[0].num_tokens // SEQ_LEN, _ACCESSES).tolist():
                 started = time.perf_counter()
                 data.read(sample, 1)
-                times[name].append(time.perf_counter() - started)
+                turn.append(time.perf_counter() - started)
+            times[name].append(turn)
     return {
-        name: {"median": statistics.median(seconds), "p99": float(np.quantile(seconds, 0.99))}
-        for name, seconds in times.items()
+        name: {"medians": [statistics.median(turn) for turn in turns], "p99": float(np.quantile(turns, 0.99))}
+        for name, turns in times.items()
     }
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megagpt.benchmark.peers import check_peers, nanogpt_model, transformers_model, weights_of
-from megagpt.benchmark.turns import machine, ratio, read_bandwidth, take_turns
+from megagpt.benchmark.turns import ratio, read_bandwidth, take_turns
 from megagpt.config.schema import ModelConfig
 from megagpt.errors import UsageError
 from megagpt.inference.batch import Batch, Sample, run
@@ -54,7 +54,6 @@ class GenerateBenchmark:
         self.report(f"memory is read at {bandwidth / 1e9:.1f} GB/s")
         results = [self._measure(name, config, size, bandwidth) for name, config in models.items() for size in rows]
         return {
-            "machine": machine(self.device, *["transformers"] * self.transformers),
             "read_bytes_per_second": bandwidth,
             "prompt_tokens": self.prompt_tokens,
             "new_tokens": self.new_tokens,

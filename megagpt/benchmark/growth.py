@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megagpt.benchmark.train import random_batch
-from megagpt.benchmark.turns import machine, take_turns
+from megagpt.benchmark.turns import take_turns
 from megagpt.config.schema import RunConfig
 from megagpt.errors import UsageError
 from megagpt.model.counts import flops_per_token
@@ -79,7 +79,7 @@ def measure_growth(config: RunConfig, steps: int, device: torch.device, report: 
     return [_measure(axis, configs, steps, device, report) for axis, configs in ladders.items()]
 
 
-def as_json(growths: Sequence[Growth], device: torch.device) -> dict[str, Any]:
+def as_json(growths: Sequence[Growth]) -> dict[str, Any]:
     """JSON types."""
     points = {
         growth.axis: [
@@ -90,7 +90,7 @@ def as_json(growths: Sequence[Growth], device: torch.device) -> dict[str, Any]:
         ]
         for growth in growths
     }
-    return {"machine": machine(device, "deepspeed"), "axes": points}
+    return {"axes": points}
 
 
 def draw(growths: Sequence[Growth], path: Path) -> None:

@@ -1,6 +1,6 @@
 """Measured figures beside what they shall be."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +17,30 @@ class Target:
     scale: float = 1.0
     """What a figure is divided by where it is printed."""
 
-    def judge(self, name: str, value: float, report: Callable[[str], None], more: str = "") -> dict[str, Any]:
-        """Report the figure beside its target, with what else is to be said; returns both in JSON types."""
-        met = value >= self.limit if self.at_least else value <= self.limit
+    def met_by(self, value: float) -> bool:
+        """Whether a figure is what it shall be."""
+        return value >= self.limit if self.at_least else value <= self.limit
+
+    def judge(
+        self, name: str, value: float, report: Callable[[str], None], more: str = "", values: Sequence[float] = ()
+    ) -> dict[str, Any]:
+        """Report the figure beside its target, with what else is to be said; returns both in JSON types.
+
+        values: those of which the figure is the median, for their range.
+        """
+        met = self.met_by(value)
         side = "at least" if self.at_least else "at most"
         shown, limit = (f"{number / self.scale:,.4g} {self.unit}" for number in (value, self.limit))
         report(f"{name}: {shown}{more and f' ({more})'}; target {side} {limit}: {'met' if met else 'MISSED'}")
-        return {"value": value, "target": self.limit, "at_least": self.at_least, "met": met}
+        low, high = (min(values), max(values)) if values else (None, None)
+        return {
+            "name": name.strip(),
+            "value": value,
+            "min": low,
+            "max": high,
+            "unit": self.unit,
+            "scale": self.scale,
+            "target": self.limit,
+            "at_least": self.at_least,
+            "met": met,
+        }

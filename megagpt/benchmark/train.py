@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megagpt.benchmark.peers import nanogpt_model, transformers_model, weights_of
-from megagpt.benchmark.turns import machine, ratio, take_turns
+from megagpt.benchmark.turns import ratio, take_turns
 from megagpt.config import check_batch
 from megagpt.config.schema import RunConfig
 from megagpt.data.loader import Batch
@@ -75,7 +75,6 @@ def compare(
     rate = flops_per_token(config.model, config.seq_len) * tokens / medians["megagpt"]
     peak = peak_flops(torch.cuda.get_device_name(device), config.train.precision) if device.type == "cuda" else None
     return {
-        "machine": machine(device, "deepspeed", *["transformers"] * peers.transformers),
         "steps": steps,
         "tokens_per_step": tokens,
         "precision": config.train.precision,

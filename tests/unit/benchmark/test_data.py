@@ -43,7 +43,9 @@ def test_the_datasets_of_the_blend_are_whole(benchmark: DataBenchmark) -> None:
 def test_a_figure_is_judged_by_its_target() -> None:
     lines: list[str] = []
     fast = Target(20e6, "million tokens/s", at_least=True, scale=1e6)
-    assert fast.judge("loader", 5e6, lines.append) == {"value": 5e6, "target": 20e6, "at_least": True, "met": False}
+    judged = fast.judge("loader", 5e6, lines.append, values=[4e6, 5e6, 7e6])
+    assert (judged["value"], judged["target"], judged["at_least"], judged["met"]) == (5e6, 20e6, True, False)
+    assert (judged["min"], judged["max"]) == (4e6, 7e6)
     assert Target(0.2, "s").judge("stall", 0.2, lines.append, "of 1 s")["met"] is True
     assert lines == [
         "loader: 5 million tokens/s; target at least 20 million tokens/s: MISSED",
