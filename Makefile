@@ -64,16 +64,9 @@ benchmark: setup ## a training step side by side with a plain torch loop
 	@$(BIN)/python -m tools.benchmark train configs/small.yaml
 
 GPU_RESULTS ?= runs/benchmark
-benchmark-gpu: setup ## on a GPU: its tests, then training, what each lever gives, and sampling
+benchmark-gpu: setup ## on a GPU: its tests, then every measurement of docs/performance.md that needs one
 	$(BIN)/python -m pytest -m gpu tests/gpu
-	$(BIN)/python -m tools.benchmark train configs/gpt2_124m.yaml train.global_batch_size=32 train.micro_batch_size=32 \
-	  --steps 20 --against train.compile=false --against model.vocab_multiple_of=128 \
-	  --against parallel.zero_stage=0 --output $(GPU_RESULTS)/train_124m.json
-	$(BIN)/python -m tools.benchmark train configs/gpt3_1.3b.yaml train.global_batch_size=8 train.micro_batch_size=8 \
-	  --steps 10 --against train.activation_checkpointing=true --output $(GPU_RESULTS)/train_1.3b.json
-	$(BIN)/python -m tools.benchmark train configs/llama_8b.yaml model.num_layers=8 data.seq_len=4096 \
-	  train.global_batch_size=4 train.micro_batch_size=4 --steps 10 --output $(GPU_RESULTS)/train_8b_8_layers.json
-	$(BIN)/python -m tools.benchmark generate --rows 1,8,64 --output $(GPU_RESULTS)/generate.json
+	$(BIN)/python -m tools.benchmark all --output $(GPU_RESULTS)
 
 soak: setup ## preprocessing under 40 kills; half an hour of training under kills, hangs and changing ranks
 	@$(BIN)/python -m pytest tests/distributed/test_preprocess_faults.py -k random_moments --kills 40

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from megagpt.benchmark.targets import Target
+from megagpt.benchmark.targets import Target, number
 
 Result = Mapping[str, Any]
 """JSON types."""
@@ -26,29 +26,21 @@ class Figure:
     unit: str
     low: float | None = None
     high: float | None = None
-    target: float | None = None
-    at_least: bool = False
-    """Whether it shall be no less than the target; else, no more."""
     scale: float = 1.0
-    """What value, range and target are divided by where they are shown."""
+    """What value and range are divided by where they are shown."""
+    target: Target | None = None
+    """In the same unit."""
 
     @property
     def met(self) -> bool | None:
         """None: it has no target."""
-        if self.target is None:
-            return None
-        return Target(self.target, self.unit, self.at_least).met_by(self.value)
+        return self.target.met_by(self.value) if self.target else None
 
     def cells(self) -> tuple[str, ...]:
         """A text for each of COLUMNS."""
         spread = "" if self.low is None or self.high is None else f"{self._shown(self.low)} to {self._shown(self.high)}"
-        if self.target is None:
-            return (self.name, self._with_unit(self.value), spread, "", "")
-        target = f"{'>=' if self.at_least else '<='} {self._with_unit(self.target)}"
-        return (self.name, self._with_unit(self.value), spread, target, "met" if self.met else "MISSED")
-
-    def _with_unit(self, value: float) -> str:
-        return f"{self._shown(value)} {self.unit}"
+        aim = (self.target.text, "met" if self.met else "MISSED") if self.target else ("", "")
+        return (self.name, f"{self._shown(self.value)} {self.unit}", spread, *aim)
 
     def _shown(self, value: float) -> str:
         return number(value / self.scale)
@@ -61,7 +53,7 @@ def figures_of(result: Result, targets: Mapping[str, Target] | None = None) -> l
     """
     read = _READERS.get(result["benchmark"])
     found = [*(read(result) if read else ()), *_judged(result)]
-    return [_aimed(figure, (targets or {}).get(figure.name)) for figure in found]
+    return [replace(figure, target=(targets or {}).get(figure.name, figure.target)) for figure in found]
 
 
 def main_figures(figures: Sequence[Figure]) -> list[Figure]:
@@ -78,24 +70,13 @@ def aligned(figures: Sequence[Figure]) -> list[str]:
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
-def number(value: float) -> str:
-    """Three digits, or all of those before the point."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
-def _aimed(figure: Figure, target: Target | None) -> Figure:
-    return replace(figure, target=target.limit, at_least=target.at_least) if target else figure
-
-
 def _judged(value: object) -> Iterator[Figure]:
     """In the order of the result."""
     if not isinstance(value, Mapping):
         return
     if value.keys() >= _JUDGED:
-        spread = (value["min"], value["max"])
-        yield Figure(
-            value["name"], value["value"], value["unit"], *spread, value["target"], value["at_least"], value["scale"]
-        )
+        target = Target(value["target"], value["unit"], value["at_least"], value["scale"])
+        yield Figure(value["name"], value["value"], target.unit, value["min"], value["max"], target.scale, target)
     for part in value.values():
         yield from _judged(part)
 

@@ -5,10 +5,10 @@ to the floating-point operations of a step, from the point that runs at the most
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 import torch.distributed as dist
@@ -93,7 +93,15 @@ def as_json(growths: Sequence[Growth]) -> dict[str, Any]:
     return {"axes": points}
 
 
-def draw(growths: Sequence[Growth], path: Path) -> None:
+def from_json(result: Mapping[str, Any]) -> list[Growth]:
+    """What `as_json` was given."""
+    return [
+        Growth(axis, *([point[key] for point in points] for key in ("size", "flops", "step_seconds")))
+        for axis, points in result["axes"].items()
+    ]
+
+
+def draw(growths: Sequence[Growth], path: Path | BinaryIO) -> None:
     """A PNG file with a panel an axis: measured times, and the ideal slope."""
     from matplotlib.figure import Figure
 

@@ -17,6 +17,11 @@ class Target:
     scale: float = 1.0
     """What a figure is divided by where it is printed."""
 
+    @property
+    def text(self) -> str:
+        """In words and the unit."""
+        return f"{'>=' if self.at_least else '<='} {number(self.limit / self.scale)} {self.unit}"
+
     def met_by(self, value: float) -> bool:
         """Whether a figure is what it shall be."""
         return value >= self.limit if self.at_least else value <= self.limit
@@ -44,3 +49,8 @@ class Target:
             "at_least": self.at_least,
             "met": met,
         }
+
+
+def number(value: float) -> str:
+    """Three digits, or all of those before the point."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
