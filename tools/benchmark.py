@@ -283,7 +283,7 @@ def measure_all(
         raise UsageError(f"--nanogpt {nanogpt}: no such file; give the model.py of a checkout of nanoGPT")
     check_writable(output / "any.json", "--output")
     failed = run_suite(entries, output, nanogpt, fresh, show)
-    _print_table(aligned(summary(entries, output)))
+    _print_table(aligned(summary([entry for entry in entries if entry.name not in failed], output)))
     if failed:
         raise UserError(f"{len(failed)} of {len(entries)} measurements failed: {', '.join(failed)}")
 

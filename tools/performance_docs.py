@@ -1,5 +1,6 @@
 """python -m tools.performance_docs: write docs/performance.md and its picture from the results in docs/measurements."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -26,6 +27,9 @@ def main(
 
     Example: python -m tools.performance_docs --check
     """
+    os.environ.setdefault(
+        "DS_ACCELERATOR", "cpu"
+    )  # drawing needs none, but imports DeepSpeed, which would look for one
     page, growth = render(folder), read_measurement(folder / "measurements" / f"{GROWTH}.json")
     paths = (folder / PAGE, folder / PICTURE)
     try:

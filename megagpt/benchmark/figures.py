@@ -84,8 +84,9 @@ def _judged(value: object) -> Iterator[Figure]:
 def _train(result: Result) -> Iterator[Figure]:
     for name, speedup in result["speedup_over"].items():
         yield _times(f"speedup over {name}", speedup)
-    for name, rate in result["tokens_per_second"].items():
-        yield Figure(name, rate, "tokens/s")
+    for name, seconds in result["step_seconds"].items():
+        yield Figure(f"{name}: step", seconds, "s")
+        yield Figure(f"{name}: speed", result["tokens_per_second"][name], "tokens/s")
     if result["mfu"]:
         yield Figure("MFU", result["mfu"], "%", scale=0.01)
 

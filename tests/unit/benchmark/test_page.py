@@ -14,7 +14,7 @@ from megagpt.benchmark.page import TEMPLATE, draw_growth, is_drawn_from, render
 from megagpt.benchmark.suite import CPU, GPU, Entry
 from megagpt.errors import UserError
 from tests.forked import run_module
-from tests.unit.benchmark.results import MACHINE, measurement, write_all
+from tests.unit.benchmark.results import MACHINE, judged, measurement, write_all
 
 DOCS = Path(__file__).parents[3] / "docs"
 ENTRIES = {entry.name: entry for entry in (*CPU, *GPU)}
@@ -107,13 +107,24 @@ def test_a_page_without_any_measurement_is_a_page(folder: Path):
 
 
 def test_a_new_measurement_has_a_section_at_once(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    entry = Entry("start", "Time to the first step", "start configs/small.yaml")
+    entry = Entry("new", "Something new", "new configs/small.yaml")
     monkeypatch.setattr("megagpt.benchmark.page.CPU", (*CPU, entry))
     assert "Not measured." in section(render(folder), entry.title)
-    (folder / "measurements/start.json").write_text(json.dumps(measurement(entry)))
+    (folder / "measurements/new.json").write_text(json.dumps(measurement(entry)))
     page = render(folder)
     assert "| something else | 5 s | 2.5 to 10 | <= 6 s | met |" in section(page, entry.title)
     assert f"| {entry.title} | something else | 5 s | 2.5 to 10 | <= 6 s | met |" in section(page, "Targets")
+
+
+def test_starts_show_where_the_time_went(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    entry = Entry("start", "Time to the first step", "start configs/small.yaml")
+    monkeypatch.setattr("megagpt.benchmark.page.CPU", (*CPU, entry))
+    parts = {"cold": {"data": 1.5, "first step": 30.0}, "warm": {"data": 1.25, "first step": 6.0}}
+    starts = {name: {"seconds": judged(f"{name} start", 31.0, 40.0), "parts": parts[name]} for name in parts}
+    (folder / "measurements/start.json").write_text(json.dumps(measurement(entry) | starts))
+    text = section(render(folder), entry.title)
+    assert "| cold start | 31 s | 15.5 to 62 | <= 40 s | met |" in text
+    assert "| first step | 30 | 6 |" in text
 
 
 @pytest.mark.parametrize("name", ["train_small", "generate", "corpus", "growth", "data", "checkpoint"])

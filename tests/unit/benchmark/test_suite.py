@@ -66,7 +66,8 @@ def test_figures_are_those_of_the_result_beside_their_targets():
     )  # fmt: skip
     assert figures["speedup over nanogpt"].met is True
     assert figures["speedup over plain"].cells()[2:] == ("1.25 to 1.75", "", "")
-    assert figures["megagpt"].cells()[1] == "4,096 tokens/s"
+    assert figures["megagpt: step"].cells()[1] == "2 s"
+    assert figures["megagpt: speed"].cells()[1] == "4,096 tokens/s"
     assert [figure.name for figure in main_figures(list(figures.values()))] == list(train.targets)[::-1]
 
 
