@@ -14,6 +14,7 @@ import pytest
 
 from megagpt.benchmark.figures import aligned, figures_of, main_figures
 from megagpt.benchmark.machine import command_of
+from megagpt.benchmark.measurements import date_measured
 from megagpt.benchmark.suite import CPU, GPU, Entry, run_suite, summary
 from megagpt.config import load_config
 from megagpt.errors import UsageError
@@ -23,7 +24,7 @@ from tools.benchmark import _chosen
 
 ENTRIES = (*CPU, *GPU)
 CHECKOUT = Path(__file__).parents[3]
-FAST = "data --tokens 200000 --documents 300 --datasets 3 --repeats 1"
+FAST = "corpus --parts signatures --megabytes 0.1 --repeats 1"
 
 
 def test_names_are_of_one_measurement_each():
@@ -101,24 +102,28 @@ def test_what_was_measured_by_the_same_command_is_kept(tmp_path: Path):
     assert lines == ["[1/1] data: kept, measured 2026-03-04T05:06:07+00:00"]
 
 
+@pytest.mark.parametrize("content", [None, "{", "[]", "7"])
+def test_what_is_damaged_or_of_another_command_is_measured_anew(content: str | None, tmp_path: Path):
+    entry = Entry("data", "Data", "data --repeats 2")
+    path = tmp_path / "data.json"
+    path.write_text(content or json.dumps(measurement(entry, command=command_of(["data", "--repeats", "3"]))))
+    assert date_measured(path, entry.arguments(tmp_path)) is None
+
+
 @pytest.mark.slow
-def test_others_are_measured_after_one_that_fails_and_what_is_another_or_damaged_anew(tmp_path: Path):
+def test_others_are_measured_after_one_that_fails(tmp_path: Path):
     lines: list[str] = []
-    entries = [Entry("bad", "Bad", "train nowhere.yaml"), Entry("other", "Other", FAST), Entry("torn", "Torn", FAST)]
-    (tmp_path / "other.json").write_text(json.dumps(measurement(entries[1])))
-    (tmp_path / "torn.json").write_text("{")
+    bad, good = entries = [Entry("bad", "Bad", "train nowhere.yaml"), Entry("good", "Good", FAST)]
     assert run_suite(entries, tmp_path, None, fresh=False, report=lines.append) == ["bad"]
-    assert lines[0] == "[1/3] bad: tools.benchmark train nowhere.yaml"
+    assert lines[0] == "[1/2] bad: tools.benchmark train nowhere.yaml"
     log = tmp_path / "bad.log"
-    assert re.fullmatch(rf"\[1/3\] bad: FAILED: nowhere.yaml.*; see {re.escape(str(log))}", lines[1])
-    assert {file.name for file in tmp_path.iterdir()} == {"bad.log", "other.json", "torn.json"}
-    for entry in entries[1:]:
-        result = json.loads((tmp_path / f"{entry.name}.json").read_text())
-        assert result["command"] == command_of(entry.arguments(tmp_path))
-        assert result["benchmark"] == "data"
-    assert len(summary(entries, tmp_path)) == 18
-    assert run_suite(entries, tmp_path, None, fresh=False, report=lines.append) == ["bad"]
-    assert all(": kept, measured 20" in line for line in lines[-2:])
+    assert re.fullmatch(rf"\[1/2\] bad: FAILED: nowhere.yaml.*; see {re.escape(str(log))}", lines[1])
+    assert {file.name for file in tmp_path.iterdir()} == {"bad.log", "good.json"}
+    result = json.loads((tmp_path / "good.json").read_text())
+    assert (result["command"], result["benchmark"]) == (command_of(good.arguments(tmp_path)), "corpus")
+    assert [figure.name for figure in summary([bad, good], tmp_path)] == ["good: signatures, one core"]
+    assert run_suite([good], tmp_path, None, fresh=False, report=lines.append) == []
+    assert lines[-1] == f"[1/1] good: kept, measured {result['date']}"
 
 
 def start(*arguments: object, scratch: Path) -> "subprocess.Popen[str]":
