@@ -1,9 +1,9 @@
 """How the cost of a training step grows with sequence length, depth, width and batch, and falls with ranks.
 
 The points of an axis take turns, so that whatever else the machine does slows all of them. Ideal is time in proportion
-to the floating-point operations of a step, from the point that runs at the most of them a second. Ranks are processes of
-one thread that share a fixed batch: ideal is the time of one over their number, or over that of CPUs where they are
-fewer. Their points are jobs of their own, one after another, there and back, so that each CPU does one thing at a time.
+to the floating-point operations of a step, from the point that runs at the most of them a second. Ranks are processes
+of one thread that share a fixed batch: ideal is the time of one over their number, or over that of the CPUs where those
+are fewer. Their points are jobs of their own, in turns too: 1, 2, 3, 4, then back.
 """
 
 import os

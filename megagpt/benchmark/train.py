@@ -3,8 +3,8 @@
 The plain loop is what a careful user writes without this project: fp32 weights, the model compiled as a whole, forward
 under autocast, full logits into cross_entropy, clipping, fused AdamW. nanoGPT runs as it ships on a CPU (fp32, eager)
 and at its best (compiled, autocast), transformers' model in the same loop, eager and compiled. All take turns in one
-process (A B A B ...), so that whatever else the machine does slows all of them. Where we are several ranks on this
-machine's CPUs, the others stay one process, rank 0's, with all of them: in their turns the other ranks sleep in a barrier.
+process (A B A B ...), so that whatever else the machine does slows all of them. Where we are several ranks on a
+machine's CPUs, the others are still one process, rank 0's, with all CPUs, while the other ranks sleep in a barrier.
 """
 
 import copy
@@ -87,8 +87,8 @@ def compare(
     if dist.get_rank() == 0:
         micro_batch_size, _ = check_batch(config.train.global_batch_size, config.train.micro_batch_size, 1)
         loops = _Loops(config, _cut(batch, micro_batch_size), device)
-        for name, step in {"plain": loops.plain(), **loops.of(peers)}.items():
-            contenders[name] = step if ranks == 1 else partial(_with_all_cpus, step)
+        for name, loop in {"plain": loops.plain(), **loops.of(peers)}.items():
+            contenders[name] = loop if ranks == 1 else partial(_with_all_cpus, loop)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for step in range(steps + 1):
         for name, times in take_turns(contenders, 1).items():
