@@ -6,6 +6,7 @@ of one thread that share a fixed batch: ideal is the time of one over their numb
 are fewer. Their points are jobs of their own, in turns too: 1, 2, 3, 4, then back.
 """
 
+import math
 import os
 import statistics
 import time
@@ -155,6 +156,8 @@ def _panel(axes: "Axes", growth: Growth) -> None:
         axes.axvline(growth.cpus, color="0.6", linewidth=0.9, linestyle=":", label=f"{growth.cpus} CPUs")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
+    low, high = (math.log2(limit(growth.seconds + growth.ideal_seconds)) for limit in (min, max))
+    axes.set_ylim(2 ** (math.floor(low) - 0.1), 2 ** (math.ceil(high) + 0.1))  # whole powers, which have the ticks
     axes.set_xticks(growth.sizes, [f"{size:,}" for size in growth.sizes])
     axes.minorticks_off()
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
