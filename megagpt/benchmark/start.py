@@ -121,8 +121,7 @@ class StartBenchmark:
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         if not seconds:
-            lines = (self.folder / "output").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-            raise UserError(f"the run failed: {lines[-1] if lines else f'exit code {process.returncode}'}")
+            raise UserError(f"the run failed: {_reason(self.folder / 'output')}")
         began, first, second = seconds
         marks = [started, *_phases(run_dir), began, began + first]
         lengths = (after - before for before, after in pairwise(marks))
@@ -154,6 +153,13 @@ def _watch(process: "subprocess.Popen[bytes]", metrics: Path) -> tuple[float, fl
         if ended:
             return None
         time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def _reason(output: Path) -> str:
+    """The run's own word, which torchrun may have followed by many of its own; else the last line."""
+    lines = output.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+    said = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+    return (said or lines[-1:] or ["it said nothing"])[0]
 
 
 def _phases(run_dir: Path) -> list[float]:
