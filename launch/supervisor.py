@@ -39,7 +39,9 @@ class ProcessSupervisor(Supervisor):
         return self._signals.requested
 
     def beat(self, phase: str, patient: bool = False) -> None:
-        """There is progress; a patient phase may take as long as it needs."""
+        """There is progress; a patient phase may take as long as it needs. What is no step's is written to the log."""
+        if not phase.startswith("step "):
+            logger.info("%s", phase)
         if self._watchdog:
             self._watchdog.beat(phase, patient)
 

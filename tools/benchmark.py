@@ -18,12 +18,15 @@ from megagpt.benchmark.checkpoint import CheckpointBenchmark
 from megagpt.benchmark.corpus import PARTS, Benchmark
 from megagpt.benchmark.data import DataBenchmark
 from megagpt.benchmark.figures import aligned, figures_of
+from megagpt.benchmark.fresh import call
 from megagpt.benchmark.generate import GenerateBenchmark
 from megagpt.benchmark.machine import PROGRAM, command_of, head
 from megagpt.benchmark.measurements import check_writable, write_measurement
 from megagpt.benchmark.peers import check_peers
+from megagpt.benchmark.start import StartBenchmark
 from megagpt.benchmark.suite import CPU, GPU, Entry, run_suite, summary
-from megagpt.config import load_config
+from megagpt.config import check_batch, check_precision, load_config
+from megagpt.config.schema import TrainConfig
 from megagpt.errors import UsageError, UserError
 from megagpt.inference.loading import resolve_device
 from megagpt.inference.sampling import Sampling
@@ -70,6 +73,10 @@ def train(
         list[str] | None,
         typer.Option(help="Compare with this configuration changed: 'section.key=value ...'; may be given repeatedly."),
     ] = None,
+    ranks: Annotated[
+        int,
+        typer.Option(min=1, help="Processes that ours is, on this machine's CPUs; others stay one with all of them."),
+    ] = 1,
     output: Output = None,
 ) -> None:
     """A training step against a plain torch loop: same model, compiled as a whole, autocast, full logits, fused AdamW.
@@ -85,11 +92,30 @@ def train(
         if variant.seq_len != run_config.seq_len:
             raise UsageError(f"--against {words!r}: the sequence length must be that of all contenders")
     check_peers(run_config.model, transformers, nanogpt)
+    place = discover()
+    if ranks > 1 and place.world_size > 1:
+        raise UsageError(
+            f"--ranks {ranks}: {place.launcher} has started {place.world_size} ranks; leave one of them out"
+        )
     console = Console(highlight=False, soft_wrap=True)
-    with joined(discover(), run_config.train) as (_, device):
-        from megagpt.benchmark.train import Peers, compare
+    if ranks > 1:
+        for one in (run_config, *variants.values()):
+            _check_ranks(one.train, ranks)
+        arguments = {
+            "config": run_config.model_dump(mode="json"),
+            "variants": {words: variant.model_dump(mode="json") for words, variant in variants.items()},
+            "steps": steps,
+            "transformers": transformers,
+            "nanogpt": str(nanogpt) if nanogpt else None,
+        }
+        result = call("megagpt.benchmark.train", "compare_on_rank", arguments, ranks=ranks, report=console.print)
+    else:
+        with joined(place, run_config.train) as (place, device):
+            from megagpt.benchmark.train import Peers, compare
 
-        result = compare(run_config, steps, device, Peers(transformers, nanogpt, variants), console.print)
+            result = compare(run_config, steps, device, Peers(transformers, nanogpt, variants), console.print)
+    if place.rank:
+        return
     if result["mfu"]:
         console.print(f"MFU {result['mfu']:.1%}, at {result['model_flops_per_second'] / 1e12:,.0f} TFLOP/s")
     _write("train", result, output)
@@ -101,23 +127,56 @@ def growth(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Changes to the configuration.")
     ] = None,
+    axes: Annotated[
+        str | None,
+        typer.Option(
+            help="Of sequence length, depth, width, batch and ranks, some, separated by commas. [default: all]"
+        ),
+    ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Counted steps of each size, after two that do not count.")] = 5,
     plot: Annotated[Path | None, typer.Option(help="Draw it, as a PNG file.", callback=_writable)] = None,
     output: Output = None,
 ) -> None:
-    """How a training step's time grows with sequence length, depth, width and batch: half to four times each.
+    """How a training step's time grows with sequence length, depth, width and batch, half to four times each, and
+    falls with ranks 1 to 4 of one thread (on CPUs; another batch, that they all divide).
 
     Example: python -m tools.benchmark growth configs/small.yaml train.global_batch_size=8 --plot growth.png
     """
     run_config = load_config(config, overrides or [])
+    chosen = [axis.strip() for axis in axes.split(",")] if axes else None
     console = Console(highlight=False, soft_wrap=True)
     with joined(discover(), run_config.train) as (_, device):
         from megagpt.benchmark.growth import as_json, draw, measure_growth
 
-        found = measure_growth(run_config, steps, device, console.print)
+        found = measure_growth(run_config, chosen, steps, device, console.print)
         if plot:
             draw(found, plot)
         _write("growth", as_json(found), output)
+
+
+@app.command()
+def start(
+    config: Annotated[str, typer.Argument(help="Configuration of a run; its data is not read.")] = "configs/small.yaml",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Changes to the configuration.")
+    ] = None,
+    ranks: Annotated[
+        int, typer.Option(min=1, help="Processes of the run, started by torchrun where there are more.")
+    ] = 1,
+    tokens: Annotated[int, typer.Option(min=100_000, help="Of the generated dataset.")] = 4_000_000,
+    repeats: Annotated[int, typer.Option(min=1, help="Cold and warm starts, in turns; medians count.")] = 3,
+    folder: Annotated[
+        Path | None, typer.Option(help="Scratch space, 0.1 GB by default. [default: the system's]")
+    ] = None,
+    output: Output = None,
+) -> None:
+    """From the command of a run to the end of its first step, with an empty compile cache (cold) and with a full one.
+
+    Example: python -m tools.benchmark start configs/small.yaml train.device=cpu --repeats 1
+    """
+    with _scratch(folder) as scratch:
+        benchmark = StartBenchmark(scratch, config, overrides or [], ranks, tokens, repeats, _printer())
+        _write("start", benchmark.run(), output)
 
 
 @app.command()
@@ -244,6 +303,14 @@ def generate(
         report=console.print,
     )
     _write("generate", benchmark.run(models, _sizes(rows)), output)
+
+
+def _check_ranks(train: TrainConfig, ranks: int) -> None:
+    """Raise UsageError where so many processes of this machine cannot take the steps of a run."""
+    if train.device == "cuda":
+        raise UsageError("--ranks: is for CPUs; set train.device=cpu")
+    check_precision(train.precision, "cpu")
+    check_batch(train.global_batch_size, train.micro_batch_size, ranks)
 
 
 @contextmanager

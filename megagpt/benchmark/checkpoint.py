@@ -10,14 +10,13 @@ import os
 import shutil
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megagpt.benchmark.fresh import call, forget_peak, peak_bytes, resident_bytes
+from megagpt.benchmark.fresh import call, forget_peak, joined, peak_bytes, resident_bytes
 from megagpt.benchmark.targets import Target
 from megagpt.errors import UserError
 
@@ -141,7 +140,7 @@ def model_of(parameters: int) -> "ModelConfig":
 
 def save_and_load(arguments: Mapping[str, Any]) -> Result:
     """Take turns at copying, saving (waiting, then while steps go on), copying from the disk and loading."""
-    with _joined() as rank:
+    with joined() as rank:
         ranks = _Ranks(arguments, rank)
         ranks.turn()
         first_stall, ranks.seconds = ranks.seconds["stall"][0], {}
@@ -161,7 +160,7 @@ def save_and_load(arguments: Mapping[str, Any]) -> Result:
 
 def change_ranks(arguments: Mapping[str, Any]) -> Result:
     """Verify, convert and load a checkpoint of another number of ranks, as a run does that resumes from it."""
-    with _joined() as rank:
+    with joined() as rank:
         import torch
         import torch.distributed as dist
         from rich.console import Console
@@ -309,25 +308,6 @@ class _Ranks:
             data=BlendHistory(seed=0, segments=[segment]),
             model=config.model.model_dump(),
         )
-
-
-@contextmanager
-def _joined() -> Iterator[int]:
-    """This process as a rank of the job that its environment describes."""
-    import torch
-    import torch.distributed as dist
-
-    from megagpt.training.engine import init_process_group
-
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(address, port, world_size, is_master=rank == 0)
-    init_process_group("cpu", store, rank, world_size)
-    try:
-        yield rank
-    finally:
-        dist.destroy_process_group()
 
 
 def _engine(parameters: int) -> "tuple[Engine, RunConfig]":

@@ -1,6 +1,7 @@
 """Functions called in new processes, alone or as the ranks of a gloo job: what a start costs, and memory, seen apart.
 
 A function takes its arguments as one mapping of JSON types and returns another; of a job, rank 0's is given back.
+Inside `joined` it is a rank of a process group.
 """
 
 import contextlib
@@ -13,9 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from megagpt.errors import UserError
 
@@ -23,31 +24,42 @@ _RUN = "from megagpt.benchmark.fresh import serve; serve({!r}, {!r}, {!r})"
 _SECONDS_BETWEEN_LOOKS = 0.05
 
 
-def call(module: str, function: str, arguments: Mapping[str, Any], ranks: int = 0, cpus: int = 0) -> dict[str, Any]:
+def call(
+    module: str,
+    function: str,
+    arguments: Mapping[str, Any],
+    ranks: int = 0,
+    cpus: int = 0,
+    threads: int = 0,
+    report: Callable[[str], None] | None = None,
+) -> dict[str, Any]:
     """What `function` of `module` returns in a new process.
 
     ranks: number of processes that are joined to a job; 0: one process that is none. cpus: of those that this process
-    may use, each new one is bound to so many; 0: to none. UserError: a process failed; its last line is given.
+    may use, each new one is bound to so many; 0: to none. threads: of each rank; 0: its share of the cpus. report: is
+    given the lines that the first process prints, as they come. UserError: a process failed; its last line is given.
     """
     with tempfile.TemporaryDirectory(prefix="megagpt_benchmark_") as folder:
         result = Path(folder) / "result.json"
         command = [sys.executable, "-c", _RUN.format(module, function, str(result))]
         allowed = sorted(os.sched_getaffinity(0))
         bound = set(allowed[-cpus:]) if cpus else set(allowed)
-        places: list[dict[str, str]] = _places(ranks, len(bound)) if ranks else [{}]
+        places: list[dict[str, str]] = _places(ranks, threads or max(1, len(bound) // ranks)) if ranks else [{}]
         processes = []
         try:
             for number, place in enumerate(places):
-                with open(Path(folder) / f"output_{number}", "wb") as output:
+                files = [Path(folder) / f"{name}_{number}" for name in ("printed", "output")]
+                with open(files[0], "wb") as printed, open(files[1], "wb") as output:
                     process = subprocess.Popen(
-                        command, stdin=subprocess.PIPE, stdout=output, stderr=output, env={**os.environ, **place}
+                        command, stdin=subprocess.PIPE, stdout=printed, stderr=output, env={**os.environ, **place}
                     )
                 processes.append(process)
                 os.sched_setaffinity(process.pid, bound)
                 assert process.stdin is not None
                 with process.stdin as pipe, contextlib.suppress(BrokenPipeError):  # it says itself why it ended
                     pipe.write(json.dumps(arguments).encode())
-            failed = _first_failure(processes)
+            with open(Path(folder) / "printed_0", encoding="utf-8") as lines:
+                failed = _first_failure(processes, lambda: _pass_on(lines, report))
         finally:
             for process in processes:
                 process.kill()
@@ -62,6 +74,25 @@ def serve(module: str, function: str, result: str) -> None:
     value = getattr(importlib.import_module(module), function)(json.load(sys.stdin))
     if os.environ.get("RANK", "0") == "0":
         Path(result).write_text(json.dumps(value), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[int]:
+    """This process, which `call` started, as a rank of its job: a process group of gloo; its rank."""
+    import torch
+    import torch.distributed as dist
+
+    from megagpt.training.engine import init_process_group
+
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, world_size, is_master=rank == 0)
+    init_process_group("cpu", store, rank, world_size)
+    try:
+        yield rank
+    finally:
+        dist.destroy_process_group()
 
 
 def resident_bytes() -> int:
@@ -85,8 +116,8 @@ def _status(key: str) -> int:
     return int(kilobytes) * 1024
 
 
-def _places(ranks: int, cpus: int) -> list[dict[str, str]]:
-    """The environment of each rank of a job on this machine, which shares the cpus."""
+def _places(ranks: int, threads: int) -> list[dict[str, str]]:
+    """The environment of each rank of a job on this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -95,23 +126,35 @@ def _places(ranks: int, cpus: int) -> list[dict[str, str]]:
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": str(max(1, cpus // ranks)),
+        "OMP_NUM_THREADS": str(threads),
         "DS_ACCELERATOR": "cpu",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
     }
     return [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(ranks)]
 
 
-def _first_failure(processes: Sequence["subprocess.Popen[bytes]"]) -> int | None:
-    """Wait for all, or for the first that fails: its number; None: none did."""
+def _first_failure(processes: Sequence["subprocess.Popen[bytes]"], meanwhile: Callable[[], None]) -> int | None:
+    """Wait for all, or for the first that fails: its number; None: none did. `meanwhile` is called until the end."""
     while True:
         codes = [process.poll() for process in processes]
+        meanwhile()
         for number, code in enumerate(codes):
             if code:
                 return number
         if None not in codes:
             return None
         time.sleep(_SECONDS_BETWEEN_LOOKS)
+
+
+def _pass_on(lines: TextIO, report: Callable[[str], None] | None) -> None:
+    """Report the whole lines that were printed since the last time."""
+    while report:
+        start = lines.tell()
+        line = lines.readline()
+        if not line.endswith("\n"):
+            lines.seek(start)
+            return
+        report(line.rstrip("\n"))
 
 
 def _reason(output: Path, process: "subprocess.Popen[bytes]") -> str:

@@ -65,7 +65,13 @@ _LEVERS = "--against train.compile=false --against model.vocab_multiple_of=128 -
 CPU = (
     Entry("train_small", "Training step, small model", "train configs/small.yaml --steps 8 --transformers",
           nanogpt=True, targets=_SMALL_STEP),
-    Entry("train_gpt2_124m", "Training step, GPT-2 124M", f"train configs/gpt2_124m.yaml {_ONE_ROW} --steps 8"),
+    Entry("train_ranks", "Training step, small model, two ranks", "train configs/small.yaml --ranks 2 --steps 8",
+          nanogpt=True, targets=_SMALL_STEP),
+    Entry("train_gpt2_124m", "Training step, GPT-2 124M", f"train configs/gpt2_124m.yaml {_ONE_ROW} --steps 8 "
+          "--transformers", nanogpt=True, targets=_SMALL_STEP),
+    Entry("train_llama_150m", "Training step, Llama 150M", f"train configs/llama_150m.yaml {_ONE_ROW} --steps 8 "
+          "--transformers"),
+    Entry("start", "Time to the first step", "start configs/small.yaml"),
     Entry("growth", "Growth of a training step", "growth configs/small.yaml train.global_batch_size=8 "
           "--plot FOLDER/growth.png"),
     Entry("generate", "Sampling", "generate --rows 1,8", nanogpt=True, targets=_SAMPLING),

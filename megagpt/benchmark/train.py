@@ -3,10 +3,12 @@
 The plain loop is what a careful user writes without this project: fp32 weights, the model compiled as a whole, forward
 under autocast, full logits into cross_entropy, clipping, fused AdamW. nanoGPT runs as it ships on a CPU (fp32, eager)
 and at its best (compiled, autocast), transformers' model in the same loop, eager and compiled. All take turns in one
-process (A B A B ...), so that whatever else the machine does slows all of them.
+process (A B A B ...), so that whatever else the machine does slows all of them. Where we are several ranks on a
+machine's CPUs, the others are still one process, rank 0's, with all CPUs, while the other ranks sleep in a barrier.
 """
 
 import copy
+import os
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +21,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from megagpt.benchmark.fresh import joined
 from megagpt.benchmark.peers import nanogpt_model, transformers_model, weights_of
 from megagpt.benchmark.turns import ratio, take_turns
 from megagpt.config import check_batch
@@ -44,29 +47,54 @@ class Peers:
     """Ourselves, configured otherwise but with the same batch, by name."""
 
 
+def compare_on_rank(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """`compare` on each of several new processes, which `fresh.call` joins to a job; rank 0 prints its lines.
+
+    arguments: config and variants (by name) as JSON trees, steps, transformers, nanogpt (a path or null).
+    """
+    with joined() as rank:
+        variants = {name: RunConfig.model_validate(tree) for name, tree in arguments["variants"].items()}
+        nanogpt = Path(arguments["nanogpt"]) if arguments["nanogpt"] else None
+        return compare(
+            RunConfig.model_validate(arguments["config"]),
+            arguments["steps"],
+            torch.device("cpu"),
+            Peers(arguments["transformers"], nanogpt, variants),
+            partial(print, flush=True) if rank == 0 else lambda line: None,
+        )
+
+
 def compare(
     config: RunConfig, steps: int, device: torch.device, peers: Peers, report: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Median seconds a step of all, after the first (compiling) step of each, and their ratios; one process.
+    """Median seconds a step of all, after the first (compiling) step of each, and their ratios; JSON types.
 
-    `report` is given a line about each step. Returns JSON types.
+    All ranks call it; rank 0's times count, and its `report` is given a line about each step. Raises UsageError
+    for several ranks on GPUs, which one process could not use.
     """
-    if dist.get_world_size() > 1:
-        raise UsageError("the comparison is of one process; start it without a launcher")
+    ranks = dist.get_world_size()
+    if ranks > 1 and device.type != "cpu":
+        raise UsageError("several ranks are compared with one process on CPUs only; start it on one GPU")
     batch = random_batch(config, device)
-    micro_batch_size, accumulation_steps = check_batch(config.train.global_batch_size, config.train.micro_batch_size, 1)
-    micro_batches = [batch[i : i + micro_batch_size] for i in range(0, len(batch), micro_batch_size)]
-    loops = _Loops(config, micro_batches, device)
-    contenders = {"plain": loops.plain(), **loops.of(peers)}
+    share = config.train.global_batch_size // ranks
+    own = batch[dist.get_rank() * share : (dist.get_rank() + 1) * share]
     named = {"megagpt": config, **peers.variants}
-    engines = {name: Engine(one, micro_batch_size, accumulation_steps, device) for name, one in named.items()}
-    ours = {name: _engine_step(engine, micro_batches) for name, engine in engines.items()}
-    contenders = {**ours, **contenders}
+    cuts = {
+        name: check_batch(one.train.global_batch_size, one.train.micro_batch_size, ranks) for name, one in named.items()
+    }
+    engines = {name: Engine(one, *cuts[name], device) for name, one in named.items()}
+    contenders = {name: _engine_turn(engine, _cut(own, cuts[name][0])) for name, engine in engines.items()}
+    if dist.get_rank() == 0:
+        micro_batch_size, _ = check_batch(config.train.global_batch_size, config.train.micro_batch_size, 1)
+        loops = _Loops(config, _cut(batch, micro_batch_size), device)
+        for name, loop in {"plain": loops.plain(), **loops.of(peers)}.items():
+            contenders[name] = loop if ranks == 1 else partial(_with_all_cpus, loop)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for step in range(steps + 1):
         for name, times in take_turns(contenders, 1).items():
             seconds[name] += times
-        report(f"step {step}: " + ", ".join(f"{name} {times[-1]:.3f} s" for name, times in seconds.items()))
+        if dist.get_rank() == 0:
+            report(f"step {step}: " + ", ".join(f"{name} {times[-1]:.3f} s" for name, times in seconds.items()))
     for engine in engines.values():
         engine.close()
     medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
@@ -75,6 +103,7 @@ def compare(
     rate = flops_per_token(config.model, config.seq_len) * tokens / medians["megagpt"]
     peak = peak_flops(torch.cuda.get_device_name(device), config.train.precision) if device.type == "cuda" else None
     return {
+        "ranks": ranks,
         "steps": steps,
         "tokens_per_step": tokens,
         "precision": config.train.precision,
@@ -98,8 +127,29 @@ class _PlainGPT(nn.Module):
         return F.cross_entropy(self.model(input_ids).flatten(0, 1), targets.flatten())
 
 
-def _engine_step(engine: Engine, micro_batches: list[Batch]) -> Callable[[], object]:
-    return lambda: engine.step(micro_batches, engine.config.optimizer.lr).read()
+def _cut(batch: Batch, micro_batch_size: int) -> list[Batch]:
+    return [batch[i : i + micro_batch_size] for i in range(0, len(batch), micro_batch_size)]
+
+
+def _engine_turn(engine: Engine, micro_batches: list[Batch]) -> Callable[[], object]:
+    """A step of all ranks, until the last one is done; they come here first and sleep in gloo while rank 0 is alone."""
+
+    def turn() -> None:
+        dist.barrier()
+        engine.step(micro_batches, engine.config.optimizer.lr).read()
+        dist.barrier()
+
+    return turn
+
+
+def _with_all_cpus(step: Callable[[], object]) -> None:
+    """With a thread for each CPU that this process may use, instead of a rank's share."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    try:
+        step()
+    finally:
+        torch.set_num_threads(threads)
 
 
 class _Loops:

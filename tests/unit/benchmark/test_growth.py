@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megagpt.benchmark.growth import AXES, FACTORS, Growth, _flops, scaled
+from megagpt.benchmark.growth import AXES, FACTORS, RANKS, Growth, _flops, scaled
 from megagpt.config import load_config
 from megagpt.errors import UsageError
 
@@ -50,6 +50,18 @@ def test_the_ideal_is_the_highest_rate_of_the_points():
     assert growth.ideal_seconds == pytest.approx([0.75, 1.5, 3.0])
 
 
+def test_ranks_share_the_time_of_one_as_far_as_each_has_a_cpu():
+    growth = Growth("ranks", [1, 2, 3, 4], [8] * 4, [6.0, 4.0, 4.0, 5.0], cpus=2)
+    assert growth.ideal_seconds == pytest.approx([6, 3, 3, 3])
+
+
+def test_an_unknown_axis_is_refused_with_the_names_of_all(file: Path):
+    command = [sys.executable, "-m", "tools.benchmark", "growth", file, "--axes", "depth,rank"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=100)
+    names = "sequence length, depth, width, batch, ranks"
+    assert (done.returncode, done.stderr) == (2, f"error: there is no axis 'rank'; choose from {names}\n")
+
+
 def test_the_command_measures_all_axes_and_draws_them(file: Path, tmp_path: Path):
     plot, output = tmp_path / "pictures/growth.png", tmp_path / "growth.json"
     command = [
@@ -70,7 +82,12 @@ def test_the_command_measures_all_axes_and_draws_them(file: Path, tmp_path: Path
     found = json.loads(output.read_text())["axes"]
     assert list(found) == list(AXES)
     assert [point["size"] for point in found["width"]] == [int(32 * factor) for factor in FACTORS]
-    for points in found.values():
+    assert [point["size"] for point in found["ranks"]] == list(RANKS)
+    for point in found["ranks"]:
+        parts = [point[f"{part}_seconds"] for part in ("forward", "backward", "optimizer")]
+        assert min(parts) > 0
+        assert sum(parts) < 1.5 * point["step_seconds"]  # medians of each need not add up
+    for points in (found[axis] for axis in AXES if axis != "ranks"):
         ratios = [point["step_seconds"] / point["ideal_seconds"] for point in points]
         assert min(ratios) == pytest.approx(1)
     assert (np.asarray(Image.open(plot).convert("L")) < 100).mean() > 0.002

@@ -1,24 +1,38 @@
 """The comparison of training steps, on a tiny model, as a user starts it."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
+import psutil
 import pytest
+import torch
 
+from megagpt.benchmark import train as benchmark
+from megagpt.config.schema import RunConfig
+from megagpt.data.loader import Batch
 from megagpt.errors import UsageError
+from megagpt.training.engine import Engine
+from megagpt.training.step import StepResult
+from tests.distributed.ranks import Ranks
 from tools.benchmark import train
+
+TINY = (
+    "model: {vocab_size: 101, num_layers: 1, hidden_size: 16, num_attention_heads: 2, max_seq_len: 32}\n"
+    "data: {train: [{path: nowhere}]}\n"
+    "train: {device: cpu, compile: false, global_batch_size: 4, micro_batch_size: 2, precision: bf16}\n"
+)
 
 
 def test_a_step_is_compared_with_the_plain_loop_and_transformers(tmp_path: Path):
     config, output = tmp_path / "tiny.yaml", tmp_path / "out.json"
-    config.write_text(
-        "model: {vocab_size: 101, num_layers: 1, hidden_size: 16, num_attention_heads: 2, max_seq_len: 32}\n"
-        "data: {train: [{path: nowhere}]}\n"
-        "train: {device: cpu, compile: false, global_batch_size: 4, micro_batch_size: 2, precision: bf16}\n"
-    )
+    config.write_text(TINY)
     command = [sys.executable, "-m", "tools.benchmark", "train", str(config), "--steps", "3", "--transformers"]
     command += ["--against", "parallel.zero_stage=2 optimizer.grad_clip=0"]
     done = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True, timeout=280)
@@ -44,3 +58,73 @@ def test_a_variant_must_have_the_same_batch():
         UsageError, match=r"--against 'train\.global_batch_size=16': train\.global_batch_size must be that"
     ):
         train("configs/small.yaml", against=["train.global_batch_size=16"])
+
+
+@pytest.mark.slow
+def test_two_ranks_are_compared_with_one_process_that_has_all_cpus(tmp_path: Path):
+    config, output = tmp_path / "tiny.yaml", tmp_path / "out.json"
+    config.write_text(TINY)
+    command = [sys.executable, "-m", "tools.benchmark", "train", str(config), "--steps", "2", "--ranks", "2"]
+    done = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True, timeout=280)
+    assert (done.returncode, done.stderr) == (0, "")
+    result = json.loads(output.read_text())
+    assert (result["ranks"], result["tokens_per_step"]) == (2, 4 * 32)
+    assert set(result["step_seconds"]) == {"megagpt", "plain"}
+    steps = [line.partition(":")[0] for line in done.stdout.splitlines() if line.startswith("step ")]
+    assert steps == ["step 0", "step 1", "step 2"]
+
+
+def test_ranks_share_the_batch_and_only_rank_0_runs_the_plain_loop_with_a_thread_for_each_cpu():
+    ranks = Ranks(2)
+    try:
+        first, second = ranks.run(_threads_while_comparing)
+    finally:
+        ranks.stop()
+    cpus = len(os.sched_getaffinity(0))
+    # Two steps, one of which counts; of 4 sequences in micro-batches of 2, each rank has one.
+    assert first == {"engine": [(1, 1)] * 2, "plain": [(2, cpus)] * 2, "after": 1}
+    assert second == {"engine": [(1, 1)] * 2, "plain": [], "after": 1}
+
+
+def _threads_while_comparing() -> dict[str, object]:
+    """On a rank: micro-batches and threads of each step of a contender."""
+    config = RunConfig.model_validate(
+        {
+            "model": {"vocab_size": 101, "num_layers": 1, "hidden_size": 16, "num_attention_heads": 2},
+            "data": {"train": [{"path": "nowhere"}], "seq_len": 8},
+            "train": {"device": "cpu", "compile": False, "global_batch_size": 4, "micro_batch_size": 2},
+        }
+    )
+    seen: dict[str, list[tuple[int, int]]] = {"engine": [], "plain": []}
+    step = benchmark.Engine.step
+
+    def engine_step(engine: Engine, micro_batches: list[Batch], learning_rate: float) -> StepResult:
+        seen["engine"].append((len(micro_batches), torch.get_num_threads()))
+        return step(engine, micro_batches, learning_rate)
+
+    def plain(loops: benchmark._Loops) -> Callable[[], object]:
+        return lambda: seen["plain"].append((len(loops.micro_batches), torch.get_num_threads()))
+
+    with patch.object(benchmark.Engine, "step", engine_step), patch.object(benchmark._Loops, "plain", plain):
+        benchmark.compare(config, 1, torch.device("cpu"), benchmark.Peers(), lambda line: None)
+    return {**seen, "after": torch.get_num_threads()}
+
+
+def test_an_interrupt_ends_all_ranks(tmp_path: Path):
+    config = tmp_path / "tiny.yaml"
+    config.write_text(TINY)
+    command = [sys.executable, "-m", "tools.benchmark", "train", str(config), "--steps", "1000000", "--ranks", "2"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stdout.readline().startswith("step 0")
+        ranks = psutil.Process(process.pid).children()
+        assert len(ranks) == 2
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, "error: interrupted\n")
+    assert psutil.wait_procs(ranks, timeout=10)[1] == []
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused_before_anything_starts():
+    with pytest.raises(UsageError, match=r"32 sequences cannot be divided among 3 ranks"):
+        train("configs/small.yaml", ranks=3)
