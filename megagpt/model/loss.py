@@ -1,6 +1,6 @@
 """Output head and cross-entropy in one, in chunks of tokens, so that the logits of a batch never exist at once.
 
-For a chunk the logits are computed, then, in the same pass over them, the loss and its gradient, which overwrites them;
+For a chunk the logits are computed, then, in a pass over them, the loss and its gradient, which overwrites them;
 two more matrix products turn that into the gradients of hidden states and weight, and the buffer serves the next chunk.
 So there are three products in all, as many as with full logits, and nothing is recomputed in backward, which only
 multiplies by the incoming gradient. Cost: the weight's gradient is held in fp32 from forward to backward.
@@ -26,27 +26,28 @@ _CHUNK_ELEMENTS_ELSEWHERE = 2**28
 class LossKernels(NamedTuple):
     """The element-wise passes of the loss, exchangeable for compiled ones."""
 
-    cross_entropy_: Callable[[Tensor, Tensor, bool], Tensor]
+    softmax_: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
     accumulate_: Callable[[Tensor, Tensor, int], object]
 
     def compiled(self) -> "LossKernels":
         """The same passes, each fused into one kernel at first use."""
-        return LossKernels(torch.compile(self.cross_entropy_), torch.compile(self.accumulate_))
+        return LossKernels(torch.compile(self.softmax_), torch.compile(self.accumulate_))
 
 
-def cross_entropy_(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
-    """Sum of cross-entropies of logits (tokens, vocab), which with_gradient overwrites by the gradient of that sum."""
+def softmax_(logits: Tensor, targets: Tensor, overwrite: bool) -> tuple[Tensor, Tensor]:
+    """Sum of cross-entropies of logits (tokens, vocab), and its gradients by the targets' logits: (tokens,), 0 if none.
+
+    overwrite: turn the logits into their softmax, of tokens without a target into 0. All that is returned is fp32.
+    """
     exact = logits.to(_at_least_fp32(logits.dtype))
     log_normalizer = torch.logsumexp(exact, dim=-1)
     valid = targets != IGNORE_INDEX
-    target_logits = exact.gather(1, torch.where(valid, targets, 0).unsqueeze(1)).squeeze(1)
+    target_logits = exact.gather(1, _columns(targets).unsqueeze(1)).squeeze(1)
     loss = torch.where(valid, log_normalizer - target_logits, 0.0).sum()
-    if with_gradient:
-        vocabulary = torch.arange(logits.shape[1], device=logits.device)
-        one_hot = (vocabulary == targets.unsqueeze(1)).to(exact.dtype)
-        probabilities = torch.exp(exact - log_normalizer.unsqueeze(1))
-        logits.copy_((probabilities - one_hot) * valid.unsqueeze(1))
-    return loss
+    log_normalizer = torch.where(valid, log_normalizer, torch.inf)
+    if overwrite:
+        logits.copy_(torch.exp(exact - log_normalizer.unsqueeze(1)))
+    return loss, torch.where(valid, torch.exp(target_logits - log_normalizer) - 1, 0.0)
 
 
 def accumulate_(total: Tensor, addend: Tensor, scale: int) -> None:
@@ -54,7 +55,7 @@ def accumulate_(total: Tensor, addend: Tensor, scale: int) -> None:
     total.add_(addend, alpha=scale)
 
 
-EAGER_KERNELS = LossKernels(cross_entropy_, accumulate_)
+EAGER_KERNELS = LossKernels(softmax_, accumulate_)
 
 
 def linear_cross_entropy(
@@ -125,8 +126,7 @@ def _forward(
         chunk = slice(start, start + chunk_tokens)
         logits = logits_buffer[: len(targets[chunk])]
         torch.mm(hidden_states[chunk], weight.t(), out=logits)
-        loss += kernels.cross_entropy_(logits[:, :vocab_size], targets[chunk], hidden_gradient or weight_gradient)
-        logits[:, vocab_size:] = 0.0  # the gradient of what has no probability
+        loss += _cross_entropy_(logits, targets[chunk], kernels, vocab_size, hidden_gradient or weight_gradient)
         grad_logits = logits  # overwritten in place, if any gradient is wanted
         if hidden_gradient:
             torch.mm(grad_logits, weight, out=grad_hidden[chunk])
@@ -136,6 +136,24 @@ def _forward(
             )
             kernels.accumulate_(grad_weight, product, scale)
     return loss, grad_hidden if hidden_gradient else None, grad_weight.t() if weight_gradient else None
+
+
+def _cross_entropy_(
+    logits: Tensor, targets: Tensor, kernels: LossKernels, vocab_size: int, with_gradient: bool
+) -> Tensor:
+    """The sum for one chunk, whose logits with_gradient overwrites by its gradient."""
+    loss, target_gradients = kernels.softmax_(logits[:, :vocab_size], targets, with_gradient)
+    if with_gradient:
+        # Apart from the fused pass, to which targets would cost a comparison an element or a copy of the logits.
+        rows = torch.arange(len(targets), device=targets.device)
+        logits[rows, _columns(targets)] = target_gradients.to(logits.dtype)
+        logits[:, vocab_size:] = 0.0  # the gradient of what has no probability
+    return loss
+
+
+def _columns(targets: Tensor) -> Tensor:
+    """Where each token's target stands among its logits; 0 if it has none."""
+    return torch.where(targets != IGNORE_INDEX, targets, 0)
 
 
 def chunk_tokens_of(vocab_size: int, device: str) -> int:
