@@ -28,10 +28,11 @@ class LossKernels(NamedTuple):
 
     softmax_: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
     accumulate_: Callable[[Tensor, Tensor, int], object]
+    transpose: Callable[[Tensor, Tensor, torch.dtype], Tensor]
 
     def compiled(self) -> "LossKernels":
         """The same passes, each fused into one kernel at first use."""
-        return LossKernels(torch.compile(self.softmax_), torch.compile(self.accumulate_))
+        return LossKernels(*(torch.compile(kernel) for kernel in self))
 
 
 def softmax_(logits: Tensor, targets: Tensor, overwrite: bool) -> tuple[Tensor, Tensor]:
@@ -55,7 +56,12 @@ def accumulate_(total: Tensor, addend: Tensor, scale: int) -> None:
     total.add_(addend, alpha=scale)
 
 
-EAGER_KERNELS = LossKernels(softmax_, accumulate_)
+def transpose(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """factor x total, transposed, in `dtype`: contiguous as the weight is, for other layouts are added up slowly."""
+    return (total * factor).to(dtype).t().contiguous()
+
+
+EAGER_KERNELS = LossKernels(softmax_, accumulate_, transpose)
 
 
 def linear_cross_entropy(
@@ -84,17 +90,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         loss, *gradients = _forward(hidden_states, weight, targets, kernels, vocab_size, *ctx.needs_input_grad[:2])
         ctx.save_for_backward(*gradients)
-        ctx.dtypes = hidden_states.dtype, weight.dtype
+        ctx.kernels, ctx.dtypes = kernels, (hidden_states.dtype, weight.dtype)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = (
-            None if gradient is None else (gradient * grad_loss).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        (hidden, weight), (hidden_dtype, weight_dtype) = ctx.saved_tensors, ctx.dtypes
+        return (
+            None if hidden is None else (hidden * grad_loss).to(hidden_dtype),
+            None if weight is None else ctx.kernels.transpose(weight, grad_loss, weight_dtype),
+            None,
+            None,
+            None,
         )
-        return *gradients, None, None, None
 
 
 def _forward(
@@ -106,7 +115,10 @@ def _forward(
     hidden_gradient: bool = False,
     weight_gradient: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss and, where asked for, its gradients by hidden states (in the products' dtype) and weight (fp32)."""
+    """The loss and, where asked for, its gradients by hidden states and weight.
+
+    The first is in the products' dtype, the second in fp32 and transposed: (hidden, vocab).
+    """
     device, (padded_size, hidden_size) = weight.device.type, weight.shape
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
@@ -135,7 +147,7 @@ def _forward(
                 (hidden_states[chunk] / scale if scale > 1 else hidden_states[chunk]).t(), grad_logits, out=product
             )
             kernels.accumulate_(grad_weight, product, scale)
-    return loss, grad_hidden if hidden_gradient else None, grad_weight.t() if weight_gradient else None
+    return loss, grad_hidden if hidden_gradient else None, grad_weight if weight_gradient else None
 
 
 def _cross_entropy_(
