@@ -58,7 +58,7 @@ def accumulate_(total: Tensor, addend: Tensor, scale: int) -> None:
 
 def transpose(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """factor x total, transposed, in `dtype`: contiguous as the weight is, for other layouts are added up slowly."""
-    return (total * factor).to(dtype).t().contiguous()
+    return (total.to(_at_least_fp32(total.dtype)) * factor).to(dtype).t().contiguous()
 
 
 EAGER_KERNELS = LossKernels(softmax_, accumulate_, transpose)
@@ -117,7 +117,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The loss and, where asked for, its gradients by hidden states and weight.
 
-    The first is in the products' dtype, the second in fp32 and transposed: (hidden, vocab).
+    The first is in the products' dtype; the second, a sum over chunks, in fp32, and transposed: (hidden, vocab).
     """
     device, (padded_size, hidden_size) = weight.device.type, weight.shape
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
@@ -129,11 +129,12 @@ def _forward(
     if hidden_gradient:
         grad_hidden = torch.empty_like(hidden_states)
     if weight_gradient:
-        # As (hidden, vocab), which CPUs multiply a fifth faster than its transpose.
-        grad_weight = weight.new_zeros(hidden_size, padded_size, dtype=loss.dtype)
-        product = weight.new_empty(hidden_size, padded_size)
         # In fp16 the sum over a chunk could overflow, before the loss scale has any say; a power of two is exact.
         scale = 64 if dtype == torch.float16 else 1
+        # As (hidden, vocab), which CPUs multiply a fifth faster than its transpose.
+        grad_weight = product = weight.new_empty(hidden_size, padded_size)
+        if chunk_tokens < len(targets) or scale > 1:  # else the one product is the sum
+            grad_weight = torch.zeros_like(product, dtype=loss.dtype)
     for start in range(0, len(targets), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
         logits = logits_buffer[: len(targets[chunk])]
@@ -146,7 +147,8 @@ def _forward(
             torch.mm(
                 (hidden_states[chunk] / scale if scale > 1 else hidden_states[chunk]).t(), grad_logits, out=product
             )
-            kernels.accumulate_(grad_weight, product, scale)
+            if grad_weight is not product:
+                kernels.accumulate_(grad_weight, product, scale)
     return loss, grad_hidden if hidden_gradient else None, grad_weight if weight_gradient else None
 
 
