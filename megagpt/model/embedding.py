@@ -33,5 +33,9 @@ class _Lookup(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor) -> tuple[None, Tensor]:
         (ids,) = ctx.saved_tensors
-        total = torch.ops.aten.embedding_dense_backward(grad_output.float(), ids, ctx.num_embeddings, -1, False)
-        return None, total.to(ctx.dtype)
+        distinct, places = ids.unique(return_inverse=True)
+        sums = grad_output.new_zeros(len(distinct), grad_output.shape[-1], dtype=torch.float32)
+        sums.index_add_(0, places.flatten(), grad_output.flatten(0, -2).float())
+        gradient = grad_output.new_zeros(ctx.num_embeddings, grad_output.shape[-1], dtype=ctx.dtype)
+        gradient[distinct] = sums.to(ctx.dtype)
+        return None, gradient

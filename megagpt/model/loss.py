@@ -1,6 +1,6 @@
 """Output head and cross-entropy in one, in chunks of tokens, so that the logits of a batch never exist at once.
 
-For a chunk the logits are computed, then, in the same pass over them, the loss and its gradient, which overwrites them;
+For a chunk the logits are computed, then, in a pass over them, the loss and its gradient, which overwrites them;
 two more matrix products turn that into the gradients of hidden states and weight, and the buffer serves the next chunk.
 So there are three products in all, as many as with full logits, and nothing is recomputed in backward, which only
 multiplies by the incoming gradient. Cost: the weight's gradient is held in fp32 from forward to backward.
@@ -26,27 +26,29 @@ _CHUNK_ELEMENTS_ELSEWHERE = 2**28
 class LossKernels(NamedTuple):
     """The element-wise passes of the loss, exchangeable for compiled ones."""
 
-    cross_entropy_: Callable[[Tensor, Tensor, bool], Tensor]
+    softmax_: Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
     accumulate_: Callable[[Tensor, Tensor, int], object]
+    transpose: Callable[[Tensor, Tensor, torch.dtype], Tensor]
 
     def compiled(self) -> "LossKernels":
         """The same passes, each fused into one kernel at first use."""
-        return LossKernels(torch.compile(self.cross_entropy_), torch.compile(self.accumulate_))
+        return LossKernels(*(torch.compile(kernel) for kernel in self))
 
 
-def cross_entropy_(logits: Tensor, targets: Tensor, with_gradient: bool) -> Tensor:
-    """Sum of cross-entropies of logits (tokens, vocab), which with_gradient overwrites by the gradient of that sum."""
+def softmax_(logits: Tensor, targets: Tensor, overwrite: bool) -> tuple[Tensor, Tensor]:
+    """Sum of cross-entropies of logits (tokens, vocab), and its gradients by the targets' logits: (tokens,), 0 if none.
+
+    overwrite: turn the logits into their softmax, of tokens without a target into 0. All that is returned is fp32.
+    """
     exact = logits.to(_at_least_fp32(logits.dtype))
     log_normalizer = torch.logsumexp(exact, dim=-1)
     valid = targets != IGNORE_INDEX
-    target_logits = exact.gather(1, torch.where(valid, targets, 0).unsqueeze(1)).squeeze(1)
+    target_logits = exact.gather(1, _columns(targets).unsqueeze(1)).squeeze(1)
     loss = torch.where(valid, log_normalizer - target_logits, 0.0).sum()
-    if with_gradient:
-        vocabulary = torch.arange(logits.shape[1], device=logits.device)
-        one_hot = (vocabulary == targets.unsqueeze(1)).to(exact.dtype)
-        probabilities = torch.exp(exact - log_normalizer.unsqueeze(1))
-        logits.copy_((probabilities - one_hot) * valid.unsqueeze(1))
-    return loss
+    log_normalizer = torch.where(valid, log_normalizer, torch.inf)
+    if overwrite:
+        logits.copy_(torch.exp(exact - log_normalizer.unsqueeze(1)))
+    return loss, torch.where(valid, torch.exp(target_logits - log_normalizer) - 1, 0.0)
 
 
 def accumulate_(total: Tensor, addend: Tensor, scale: int) -> None:
@@ -54,7 +56,12 @@ def accumulate_(total: Tensor, addend: Tensor, scale: int) -> None:
     total.add_(addend, alpha=scale)
 
 
-EAGER_KERNELS = LossKernels(cross_entropy_, accumulate_)
+def transpose(total: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """factor x total, transposed, in `dtype`: contiguous as the weight is, for other layouts are added up slowly."""
+    return (total.to(_at_least_fp32(total.dtype)) * factor).to(dtype).t().contiguous()
+
+
+EAGER_KERNELS = LossKernels(softmax_, accumulate_, transpose)
 
 
 def linear_cross_entropy(
@@ -83,17 +90,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         loss, *gradients = _forward(hidden_states, weight, targets, kernels, vocab_size, *ctx.needs_input_grad[:2])
         ctx.save_for_backward(*gradients)
-        ctx.dtypes = hidden_states.dtype, weight.dtype
+        ctx.kernels, ctx.dtypes = kernels, (hidden_states.dtype, weight.dtype)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = (
-            None if gradient is None else (gradient * grad_loss).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        (hidden, weight), (hidden_dtype, weight_dtype) = ctx.saved_tensors, ctx.dtypes
+        return (
+            None if hidden is None else (hidden * grad_loss).to(hidden_dtype),
+            None if weight is None else ctx.kernels.transpose(weight, grad_loss, weight_dtype),
+            None,
+            None,
+            None,
         )
-        return *gradients, None, None, None
 
 
 def _forward(
@@ -105,7 +115,10 @@ def _forward(
     hidden_gradient: bool = False,
     weight_gradient: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The loss and, where asked for, its gradients by hidden states (in the products' dtype) and weight (fp32)."""
+    """The loss and, where asked for, its gradients by hidden states and weight.
+
+    The first is in the products' dtype; the second, a sum over chunks, in fp32, and transposed: (hidden, vocab).
+    """
     device, (padded_size, hidden_size) = weight.device.type, weight.shape
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
     hidden_states, weight = hidden_states.to(dtype), weight.to(dtype)
@@ -116,17 +129,17 @@ def _forward(
     if hidden_gradient:
         grad_hidden = torch.empty_like(hidden_states)
     if weight_gradient:
-        # As (hidden, vocab), which CPUs multiply a fifth faster than its transpose.
-        grad_weight = weight.new_zeros(hidden_size, padded_size, dtype=loss.dtype)
-        product = weight.new_empty(hidden_size, padded_size)
         # In fp16 the sum over a chunk could overflow, before the loss scale has any say; a power of two is exact.
         scale = 64 if dtype == torch.float16 else 1
+        # As (hidden, vocab), which CPUs multiply a fifth faster than its transpose.
+        grad_weight = product = weight.new_empty(hidden_size, padded_size)
+        if chunk_tokens < len(targets) or scale > 1:  # else the one product is the sum
+            grad_weight = torch.zeros_like(product, dtype=loss.dtype)
     for start in range(0, len(targets), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)
         logits = logits_buffer[: len(targets[chunk])]
         torch.mm(hidden_states[chunk], weight.t(), out=logits)
-        loss += kernels.cross_entropy_(logits[:, :vocab_size], targets[chunk], hidden_gradient or weight_gradient)
-        logits[:, vocab_size:] = 0.0  # the gradient of what has no probability
+        loss += _cross_entropy_(logits, targets[chunk], kernels, vocab_size, hidden_gradient or weight_gradient)
         grad_logits = logits  # overwritten in place, if any gradient is wanted
         if hidden_gradient:
             torch.mm(grad_logits, weight, out=grad_hidden[chunk])
@@ -134,8 +147,27 @@ def _forward(
             torch.mm(
                 (hidden_states[chunk] / scale if scale > 1 else hidden_states[chunk]).t(), grad_logits, out=product
             )
-            kernels.accumulate_(grad_weight, product, scale)
-    return loss, grad_hidden if hidden_gradient else None, grad_weight.t() if weight_gradient else None
+            if grad_weight is not product:
+                kernels.accumulate_(grad_weight, product, scale)
+    return loss, grad_hidden if hidden_gradient else None, grad_weight if weight_gradient else None
+
+
+def _cross_entropy_(
+    logits: Tensor, targets: Tensor, kernels: LossKernels, vocab_size: int, with_gradient: bool
+) -> Tensor:
+    """The sum for one chunk, whose logits with_gradient overwrites by its gradient."""
+    loss, target_gradients = kernels.softmax_(logits[:, :vocab_size], targets, with_gradient)
+    if with_gradient:
+        # Apart from the fused pass, to which targets would cost a comparison an element or a copy of the logits.
+        rows = torch.arange(len(targets), device=targets.device)
+        logits[rows, _columns(targets)] = target_gradients.to(logits.dtype)
+        logits[:, vocab_size:] = 0.0  # the gradient of what has no probability
+    return loss
+
+
+def _columns(targets: Tensor) -> Tensor:
+    """Where each token's target stands among its logits; 0 if it has none."""
+    return torch.where(targets != IGNORE_INDEX, targets, 0)
 
 
 def chunk_tokens_of(vocab_size: int, device: str) -> int:

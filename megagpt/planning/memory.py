@@ -24,7 +24,7 @@ OUTSIDE_ALLOCATOR_BYTES = int(1.5 * 2**30)
 """CUDA's context, kernels, NCCL's buffers, cuBLAS' workspaces: an assumption, on the safe side."""
 FRAGMENTATION = 0.05
 """Of the peak, lost between torch's blocks: an assumption."""
-_ALLREDUCE_ELEMENTS = 500_000_000  # of ZeRO 0's and bf16 ZeRO 1's reduction (DeepSpeed: MEMORY_OPT_ALLREDUCE_SIZE)
+_ALLREDUCE_ELEMENTS = 500_000_000  # of ZeRO 0's reduction (DeepSpeed: MEMORY_OPT_ALLREDUCE_SIZE)
 
 
 @dataclass(frozen=True)
@@ -147,9 +147,9 @@ def _moments(state: States, kept: Activations, buckets: Buckets, gathered: int, 
 
 def _buckets(model: ModelConfig, layout: Layout, settings: Settings) -> Buckets:
     elements, size = element_count(model, settings.optimizer), element_bytes(layout)
-    if layout.zero_stage == 0 or (
-        layout.zero_stage == 1 and layout.precision == "bf16" and not layout.offload_optimizer
-    ):
+    if layout.zero_stage == 1 and layout.precision == "bf16" and not layout.offload_optimizer:
+        return Buckets(0, 0, share=1.0, always=False)  # they are end to end already, see training.flat_gradients
+    if layout.zero_stage == 0:
         # Gradients are put end to end for an all-reduce after backward.
         return Buckets(0, 4 * min(elements, _ALLREDUCE_ELEMENTS), share=1.0, always=False)
     filled = min(elements, settings.reduce_bucket_size)

@@ -27,6 +27,7 @@ import torch
 import torch._inductor.config
 import torch.distributed as dist
 from deepspeed.runtime import compiler, torch_autocast
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import nn
 
 from megagpt.config.schema import RunConfig
@@ -39,6 +40,7 @@ from megagpt.model.gpt import GPT, compile_attention, compile_blocks, compile_lo
 from megagpt.model.init import initialize_weights, learning_rate_scale, parameter_kind, stacked_heights
 from megagpt.training.checkpoint import SHARDS
 from megagpt.training.control import PATIENCE
+from megagpt.training.flat_gradients import keep_gradients_flat
 from megagpt.training.host_syncs import decided_on_device
 from megagpt.training.initial_weights import InitialWeights, copy_master_weights, copy_weights
 from megagpt.training.optimizer import apply_settings, build_optimizer, parameter_groups
@@ -140,6 +142,8 @@ class Engine:
                 self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.options)
                 self._files = CollectingEngine(self._engine.checkpoint_engine)
                 self._engine.checkpoint_engine = self._files
+                if isinstance(self._engine.optimizer, BF16_Optimizer):
+                    keep_gradients_flat(self._engine)
                 self._engine._copy_recovery_script = lambda save_path: None  # see megagpt.training.saving
                 if initial_weights and self.zero_stage > 0 and config.train.precision != "fp32":
                     copy_master_weights(self._engine.module, initial_weights)
@@ -177,6 +181,7 @@ class Engine:
 
     def step(self, micro_batches: Sequence[Batch], learning_rate: float) -> StepResult:
         """Forward, backward and update over this rank's micro-batches of one global batch."""
+        torch_autocast.TORCH_AUTOCAST_INITIALIZED = "torch_autocast" in self.options  # another engine may have set it
         self._engine.train()
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]

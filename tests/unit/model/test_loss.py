@@ -1,5 +1,7 @@
 """The fused head and loss against full logits and torch's cross_entropy."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -101,6 +103,16 @@ def test_bf16_loss_is_fp32_and_as_near_the_exact_one_as_cross_entropy_over_bf16_
         assert found.grad.dtype == torch.bfloat16
         error = (found.grad.double() - wanted.grad).norm() / wanted.grad.norm()
         assert error < 1e-2
+
+
+@pytest.mark.parametrize("kernels", [EAGER_KERNELS, EAGER_KERNELS.compiled()], ids=["eager", "compiled"])
+def test_the_gradient_of_a_nearly_certain_target_is_not_that_of_a_probability_rounded_to_1(kernels):
+    hidden, weight = torch.zeros(1, HIDDEN, dtype=torch.bfloat16), torch.zeros(VOCAB, HIDDEN, dtype=torch.bfloat16)
+    hidden[0, 0], weight[7, 0] = 12.0, 1.0
+    hidden.requires_grad_()
+    linear_cross_entropy(hidden, weight, torch.tensor([7]), kernels).backward()
+    others = (VOCAB - 1) / (math.exp(12) + VOCAB - 1)
+    assert hidden.grad[0, 0].item() == pytest.approx(-others, rel=1e-2)
 
 
 def test_weight_gradients_of_many_chunks_are_summed_in_fp32():
