@@ -18,8 +18,8 @@ Kernels = Literal["cuda", "cpu"]
 """A CPU's RMSNorm keeps fp32 copies; LayerNorm's statistics and dropout's masks have the input's format there."""
 
 _FP32 = 4
-_EAGER_LOSS = 5
-"""fp32 values a logit that the uncompiled loss has at once: logits, one-hot, softmax, their difference, times valid."""
+_EAGER_LOSS = 3
+"""fp32 values a logit that the uncompiled loss has at once: logits, less their normalizer, and exponentiated."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,10 @@ def activations(model: ModelConfig, layout: Layout, kernels: Kernels = "cuda") -
     alive = 1 if checkpointed else blocks
     block = norms + attention + feedforward
     head = model.padded_vocab_size * hidden
-    chunk = min(chunk_tokens_of(model.padded_vocab_size, kernels), tokens) * model.padded_vocab_size
+    chunk_tokens = min(chunk_tokens_of(model.padded_vocab_size, kernels), tokens)
+    chunk = chunk_tokens * model.padded_vocab_size
+    # The products of several chunks are summed in fp32, beside the last one; fp16 is never left alone.
+    summed = chunk_tokens < tokens or layout.precision == "fp16"
     weight_size = _FP32 if layout.zero_stage == 0 else size
     widest = (3 if model.activation == "swiglu" else 2) * size * tokens * model.ffn_size
     return Activations(
@@ -77,11 +80,11 @@ def activations(model: ModelConfig, layout: Layout, kernels: Kernels = "cuda") -
         attention=alive * attention,
         feedforward=alive * feedforward,
         checkpoints=blocks * stream if checkpointed else 0,
-        loss=size * tokens * hidden + _FP32 * head,
+        loss=size * tokens * hidden + (_FP32 if summed else size) * head,
         recomputed=block if checkpointed else 0,
-        forward_moment=size * (chunk + head * (2 if weight_size != size else 1))
+        forward_moment=size * (chunk + head * (summed + (weight_size != size)))
         + (0 if layout.compile else _EAGER_LOSS * _FP32 * chunk),
-        loss_backward_moment=stream + (_FP32 + weight_size) * head,
+        loss_backward_moment=stream + (weight_size + (0 if layout.compile else _FP32)) * head,
         block_backward_moment=2 * stream + widest + (weight_size * head if model.tie_embeddings else 0),
     )
 

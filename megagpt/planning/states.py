@@ -127,7 +127,7 @@ def _sharded(groups: Sequence[Group], layout: Layout, settings: Settings) -> Sta
         return States(weights, _FP32 * shard, before, optimizer, 0, 0, host)
     if layout.precision == "bf16" and not layout.offload_optimizer:
         low = 0 if settings.immediate_grad_update else size * elements
-        return States(weights, _FP32 * sum(flat) + low, _FP32 * sum(flat), optimizer, 0, 0, host)
+        return States(weights, _FP32 * sum(flat), _FP32 * sum(flat), optimizer, low, 0, host)
     # Each gradient is added to its sum as it comes; a last micro-batch's is reduced at once.
     accumulated = _FP32 * elements if layout.micro_steps > 1 else 0
     return States(weights, _FP32 * shard, accumulated, optimizer, accumulated, 0, host)
