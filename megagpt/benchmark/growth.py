@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from megagpt.benchmark.slope import draw_slope
 from megagpt.benchmark.train import random_batch
 from megagpt.benchmark.turns import machine, take_turns
 from megagpt.config.schema import RunConfig
@@ -104,19 +105,9 @@ def draw(growths: Sequence[Growth], path: Path) -> None:
 
 
 def _panel(axes: "Axes", growth: Growth) -> None:
-    axes.plot(growth.sizes, growth.seconds, color="black", marker="o", label="measured")
-    axes.plot(growth.sizes, growth.ideal_seconds, color="0.45", linestyle=(0, (5, 1.5)), label="ideal: as its FLOPs")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
-    axes.set_xticks(growth.sizes, [f"{size:,}" for size in growth.sizes])
-    axes.minorticks_off()
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+    draw_slope(axes, growth.sizes, growth.seconds, growth.ideal_seconds, "as its FLOPs", base=2)
     axes.set_xlabel(f"{growth.axis}, {_UNITS[growth.axis]}")
     axes.set_ylabel("s a step")
-    axes.grid(color="0.9", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _measure(
