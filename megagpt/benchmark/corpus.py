@@ -164,7 +164,7 @@ class Benchmark:
             "ideal_seconds": [ideal * size for size in megabytes],
             "all_seconds": [[run["seconds"] for run in found] for found in runs],
             "stage_seconds": {
-                stage: [statistics.median(run["stages"][stage] for run in found) for found in runs]
+                stage: [statistics.median(run["stages"].get(stage, 0.0) for run in found) for found in runs]
                 for stage in runs[-1][0]["stages"]
             },
             "peak_bytes": [max(run["peak_bytes"] for run in found) for found in runs],

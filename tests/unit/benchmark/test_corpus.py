@@ -89,7 +89,7 @@ def test_growth_has_the_stages_and_the_memory_of_every_size(
 
 @pytest.mark.slow
 def test_an_index_in_memory_finds_what_the_stages_find(benchmark: Benchmark) -> None:
-    result = benchmark.run(["dedup"])["dedup"]
+    result = replace(benchmark, megabytes=1).run(["dedup"])["dedup"]
     assert set(result["removed"]) == {"megagpt, 1 workers", "megagpt, 2 workers", "datasketch, 1 process"}
     ours, theirs = result["removed"]["megagpt, 2 workers"], result["removed"]["datasketch, 1 process"]
     assert 0 < ours <= theirs <= ours + 3  # which verifies nothing
@@ -104,7 +104,7 @@ def test_an_index_in_memory_finds_what_the_stages_find(benchmark: Benchmark) -> 
 def test_datatrove_removes_about_the_same_documents(benchmark: Benchmark, lines: list[str]) -> None:
     pytest.importorskip("datatrove")
     pytest.importorskip("spacy")
-    result = replace(benchmark, datatrove=True).run(["dedup"])["dedup"]
+    result = replace(benchmark, megabytes=1, datatrove=True).run(["dedup"])["dedup"]
     ours, theirs = result["removed"]["megagpt, 2 workers"], result["removed"]["datatrove, 2 workers"]
     assert 0 < ours <= theirs <= ours + 5
     assert list(result["stage_seconds"]["datatrove, 2 workers"]) == ["signatures", "buckets", "clusters", "filter"]
