@@ -58,6 +58,7 @@ setup(
         "mpi": ["mpi4py>=4.1", "mpich>=5"],  # PyPI's mpich brings mpiexec without a system package
         "fast": ["gigatoken>=0.10,<0.11"],  # encodes several times faster than tiktoken
         "export": ["transformers>=4.45"],
+        "benchmark": ["datatrove>=0.10", "spacy>=3.8"],  # spaCy splits datatrove's words
         "dev": [
             "hypothesis>=6.100",
             "mypy>=1.11",

@@ -16,6 +16,7 @@ from launch.environment import discover
 from launch.process import joined
 from megagpt.benchmark.checkpoint import CheckpointBenchmark
 from megagpt.benchmark.corpus import PARTS, Benchmark
+from megagpt.benchmark.corpus_plot import draw_linear
 from megagpt.benchmark.data import DataBenchmark
 from megagpt.benchmark.figures import aligned, figures_of
 from megagpt.benchmark.fresh import call
@@ -191,32 +192,37 @@ def corpus(
         Path, typer.Option(help="Configuration of a corpus, with the cleaning and filters to measure.")
     ] = Path("configs/data/web.yaml"),
     large: Annotated[bool, typer.Option("--large", help="Let `linear` go on to 1,000 MB.")] = False,
+    datatrove: Annotated[bool, typer.Option("--datatrove", help="Compare `dedup` and `pipeline` with it.")] = False,
     folder: Annotated[
         Path | None, typer.Option(help="Scratch space, five times the text. [default: the system's]")
     ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw `linear`, as a PNG file.", callback=_writable)] = None,
     output: Output = None,
 ) -> None:
-    """From text to token files: signatures, banding, tokenization, whole runs, and how the cost grows.
+    """From text to token files: signatures, banding, tokenization, dedup, whole runs, and how the cost grows.
 
-    Example: python -m tools.benchmark corpus --parts tokenize,pipeline --megabytes 50 --workers 2
+    Example: python -m tools.benchmark corpus --parts dedup,pipeline --megabytes 50 --workers 2 --datatrove
     """
     chosen = [part.strip() for part in parts.split(",")]
     if unknown := [part for part in chosen if part not in PARTS]:
         raise UsageError(f"--parts {','.join(unknown)}: choose from {', '.join(PARTS)}")
-    console = Console(highlight=False, soft_wrap=True)
-    if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="megagpt_benchmark_", dir=folder) as scratch:
+    if plot and "linear" not in chosen:
+        raise UsageError("--plot: draws `linear`; add it to --parts")
+    with _scratch(folder) as scratch:
         benchmark = Benchmark(
-            folder=Path(scratch),
+            folder=scratch,
             megabytes=megabytes,
             workers=workers or len(os.sched_getaffinity(0)),
             repeats=repeats,
             filter_config=filters,
             large=large,
-            report=console.print,
+            datatrove=datatrove,
+            report=_printer(),
         )
-        _write("corpus", benchmark.run(chosen), output)
+        result = benchmark.run(chosen)
+    if plot:
+        draw_linear(result["linear"], plot)
+    _write("corpus", result, output)
 
 
 @app.command()

@@ -5,39 +5,37 @@ slows all of them; the medians count. Whole runs are `preprocess` in a process o
 MB are 10^6 bytes of text.
 """
 
-import contextlib
+import importlib.metadata
 import itertools
 import json
 import shutil
 import statistics
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from megagpt.corpus.sample_text import sample_documents, write_sample_corpus
-from megagpt.errors import UserError
+from megagpt.benchmark.corpus_peers import NUM_PERM, SHINGLE_WORDS, check_datatrove, shingles
+from megagpt.benchmark.corpus_runs import Result, child
+from megagpt.benchmark.turns import ratio, take_turns
+from megagpt.convert.tokenizers import to_huggingface
+from megagpt.corpus.sample_text import TRUTH_NAME, sample_documents, write_sample_corpus
+from megagpt.tokenizer import load_tokenizer
 
-PARTS = ("signatures", "bands", "tokenize", "pipeline", "linear")
+PARTS = ("signatures", "bands", "tokenize", "dedup", "pipeline", "linear")
 """What can be measured, see the functions of these names."""
 
-Result = dict[str, Any]
-"""JSON types."""
-
 DOCUMENT_BYTES, SHORT_DOCUMENT_BYTES = 8000, 400
-NUM_PERM, SHINGLE_WORDS = 128, 5
-LINEAR_MEGABYTES, LARGE_MEGABYTES = (10, 100), 1000
-_SECONDS_BETWEEN_SAMPLES = 0.2
-_BATCH = 1000  # documents that the plain loop holds
+LINEAR_MEGABYTES, LARGE_MEGABYTES = (1, 3, 10, 30, 100, 300), 1000
+OTHER = "other"
+"""What is no stage of a run: planning it, and publishing the dataset."""
 _RAW: Result = {"clean": {"enabled": False}, "tokenizer": "gpt2"}
 _EXACT_AND_NEAR: Result = {**_RAW, "dedup": {"method": "minhash"}}
-_RUN = "from megagpt.benchmark import corpus; corpus.{}()"
+_RunOnce = Callable[[], Result]
+"""A run of a contender: its seconds, peak_bytes, and what else it tells (stages: seconds by name; removed: documents).
+"""
 
 
 @dataclass(frozen=True)
@@ -56,15 +54,21 @@ class Benchmark:
     """Configuration of a corpus whose cleaning and filters `pipeline` measures."""
     large: bool
     """Whether `linear` goes on to 1,000 MB."""
+    datatrove: bool
+    """Whether `dedup` and `pipeline` compare with it."""
     report: Callable[[str], None]
     """Is given a line about each result."""
 
     def run(self, parts: Sequence[str]) -> Result:
-        """The results of some of PARTS, by name. UserError: a run failed; its own message is given."""
+        """The results of some of PARTS, by name. UserError: a run failed, its own message is given; or a peer is not
+        installed."""
+        if self.datatrove:
+            check_datatrove()
         measure = {
             "signatures": self.signatures,
             "bands": self.bands,
             "tokenize": self.tokenize,
+            "dedup": self.dedup,
             "pipeline": self.pipeline,
             "linear": self.linear,
         }
@@ -75,7 +79,7 @@ class Benchmark:
         count = max(1, min(1000, int(self.megabytes * 1e6 / DOCUMENT_BYTES)))
         texts = [sample.text.encode() for sample in itertools.islice(sample_documents(0, DOCUMENT_BYTES), count)]
         ours, theirs = _our_signatures(texts), _datasketch_signatures(texts)
-        times = self._take_turns({"megagpt": ours, "datasketch": theirs})
+        times = take_turns({"megagpt": ours, "datasketch": theirs}, self.repeats)
         rates = {name: count / statistics.median(seconds) for name, seconds in times.items()}
         same = _same_signatures(texts[:100])
         ratio = rates["megagpt"] / rates["datasketch"]
@@ -90,7 +94,7 @@ class Benchmark:
         corpus = self._corpus(self.megabytes, SHORT_DOCUMENT_BYTES)
         settings = {**_EXACT_AND_NEAR, "tokenizer": "bytes", "input": [f"{corpus}/*.jsonl"]}
         runs = [self._preprocess(settings, self.workers) for _ in range(self.repeats)]
-        documents = runs[0]["counts"]["documents"]
+        documents = runs[0]["documents"]
         seconds = [sum(run["stages"][stage] for stage in ("keys", "bands", "clusters")) for run in runs]
         rate = documents / statistics.median(seconds)
         self.report(f"bands: {rate:,.0f} documents/s banded and clustered by {self.workers} workers")
@@ -99,43 +103,82 @@ class Benchmark:
     def tokenize(self) -> Result:
         """jsonl to .bin and .idx, nothing else, by both backends, against a plain loop over tiktoken's batches."""
         corpus = self._corpus(self.megabytes)
-        contenders: dict[str, Callable[[], float]] = {}
+        contenders: dict[str, _RunOnce] = {}
         for workers, backend in itertools.product(self._worker_counts(), ("tiktoken", "gigatoken")):
             settings = {**_RAW, "dedup": {"method": "none"}, "input": [f"{corpus}/*.jsonl"]}
-            contenders[f"{backend}, {workers} workers"] = self._timed(settings, workers, backend)
+            contenders[f"{backend}, {workers} workers"] = partial(self._preprocess, settings, workers, backend)
         for threads in self._worker_counts():
-            contenders[f"plain loop, {threads} threads"] = self._timed_plain_loop(corpus, threads)
-        return self._rates("tokenize", contenders, f"plain loop, {self.workers} threads")
+            arguments = {"input": str(corpus), "output": str(self.folder), "threads": threads}
+            contenders[f"plain loop, {threads} threads"] = partial(child, "corpus_runs", "plain_loop", arguments)
+        return self._compare("tokenize", contenders, corpus, f"plain loop, {self.workers} threads")
+
+    def dedup(self) -> Result:
+        """Exact and near-duplicates alone (bytes for tokens), against datasketch's index in memory, and datatrove."""
+        corpus = self._corpus(self.megabytes)
+        settings = {**_EXACT_AND_NEAR, "tokenizer": "bytes", "input": [f"{corpus}/*.jsonl"]}
+        contenders: dict[str, _RunOnce] = {
+            f"megagpt, {workers} workers": partial(self._preprocess, settings, workers)
+            for workers in self._worker_counts()
+        }
+        contenders["datasketch, 1 process"] = partial(child, "corpus_peers", "run_datasketch", {"input": str(corpus)})
+        if self.datatrove:
+            contenders[f"datatrove, {self.workers} workers"] = partial(self._datatrove, corpus, None)
+        result = self._compare("dedup", contenders, corpus)
+        ours = {"datasketch, 1 process": "megagpt, 1 workers", f"datatrove, {self.workers} workers": self._all_workers}
+        return self._against(result, {theirs: ours[theirs] for theirs in ours if theirs in contenders})
 
     def pipeline(self) -> Result:
         """The whole pipeline: exact and near dedup and tokenization; the same with the default cleaning and filters."""
         corpus = self._corpus(self.megabytes)
-        contenders: dict[str, Callable[[], float]] = {}
+        contenders: dict[str, _RunOnce] = {}
         for workers in self._worker_counts():
             raw: Result = {**_EXACT_AND_NEAR, "input": [f"{corpus}/*.jsonl"]}
-            contenders[f"dedup, {workers} workers"] = self._timed(raw, workers)
+            contenders[f"dedup, {workers} workers"] = partial(self._preprocess, raw, workers)
             clean = {"file": str(self.filter_config), "tokenizer": "gpt2", "input": [f"{corpus}/*.jsonl"]}
-            contenders[f"clean, filter, dedup, {workers} workers"] = self._timed(clean, workers)
-        result = self._rates("pipeline", contenders)
+            contenders[f"clean, filter, dedup, {workers} workers"] = partial(self._preprocess, clean, workers)
+        theirs = f"datatrove, {self.workers} workers"
+        if self.datatrove:
+            tokenizer = self.folder / "tokenizer.json"
+            to_huggingface(load_tokenizer("gpt2")).save(str(tokenizer))
+            contenders[theirs] = partial(self._datatrove, corpus, tokenizer)
+        result = self._compare("pipeline", contenders, corpus)
         if self.workers > 1:
-            rates = result["megabytes_per_second"]
             for name in ("dedup", "clean, filter, dedup"):
-                ratio = rates[f"{name}, {self.workers} workers"] / rates[f"{name}, 1 workers"]
-                result.setdefault("scaling", {})[name] = ratio
-                self.report(f"pipeline: {name}: {self.workers} workers are {ratio:.2f} x as fast as one")
-        return result
+                self._scale(result, name)
+        return self._against(result, {theirs: f"dedup, {self.workers} workers"} if self.datatrove else {})
 
     def linear(self) -> Result:
-        """Seconds a MB, and the largest resident set of any process, of ever larger corpora."""
-        result: Result = {}
-        for megabytes in (*LINEAR_MEGABYTES, *([LARGE_MEGABYTES] if self.large else [])):
-            corpus = self._corpus(megabytes)
-            run = self._preprocess({**_EXACT_AND_NEAR, "input": [f"{corpus}/*.jsonl"]}, self.workers)
-            seconds, peak = run["seconds"] / (run["counts"]["text_bytes"] / 1e6), run["peak_bytes"]
-            result[str(megabytes)] = {"seconds_per_megabyte": seconds, "peak_bytes": peak}
-            self.report(f"linear: {megabytes:,} MB: {seconds:.4f} s a MB, largest process {peak / 1e6:,.0f} MB")
-            shutil.rmtree(corpus)
+        """Seconds of every stage, and the largest resident set of any process, of ever larger corpora in turns."""
+        sizes = (*LINEAR_MEGABYTES, *([LARGE_MEGABYTES] if self.large else []))
+        runs: list[list[Result]] = [[] for _ in sizes]
+        for _, (size, found) in itertools.product(range(self.repeats), list(zip(sizes, runs, strict=True))):
+            settings = {**_EXACT_AND_NEAR, "input": [f"{self._corpus(size)}/*.jsonl"]}
+            found.append(self._preprocess(settings, self.workers))
+        megabytes = [found[0]["text_bytes"] / 1e6 for found in runs]
+        seconds = [statistics.median(run["seconds"] for run in found) for found in runs]
+        ideal = min(second / size for second, size in zip(seconds, megabytes, strict=True))
+        result: Result = {
+            "workers": self.workers,
+            "megabytes": megabytes,
+            "seconds": seconds,
+            "ideal_seconds": [ideal * size for size in megabytes],
+            "all_seconds": [[run["seconds"] for run in found] for found in runs],
+            "stage_seconds": {
+                stage: [statistics.median(run["stages"].get(stage, 0.0) for run in found) for found in runs]
+                for stage in runs[-1][0]["stages"]
+            },
+            "peak_bytes": [max(run["peak_bytes"] for run in found) for found in runs],
+        }
+        for size, second, peak in zip(megabytes, seconds, result["peak_bytes"], strict=True):
+            self.report(
+                f"linear: {size:,.1f} MB: {second:.2f} s, {second / size:.4f} s a MB, {second / size / ideal:.2f} x "
+                f"ideal, largest process {peak / 1e6:,.0f} MB"
+            )
         return result
+
+    @property
+    def _all_workers(self) -> str:
+        return f"megagpt, {self.workers} workers"
 
     def _worker_counts(self) -> list[int]:
         return sorted({1, self.workers})
@@ -147,53 +190,84 @@ class Benchmark:
             write_sample_corpus(folder, int(megabytes * 1e6), document_bytes=document_bytes)
         return folder
 
-    def _timed(self, settings: Result, workers: int, backend: str = "auto") -> Callable[[], float]:
-        """A run that returns the MB/s of text."""
-
-        def run() -> float:
-            result = self._preprocess(settings, workers, backend)
-            return result["counts"]["text_bytes"] / 1e6 / result["seconds"]
-
-        return run
-
-    def _timed_plain_loop(self, corpus: Path, threads: int) -> Callable[[], float]:
-        def run() -> float:
-            arguments = {"input": str(corpus), "output": str(self.folder), "threads": threads}
-            return _child("plain_loop", arguments)["megabytes_per_second"]
-
-        return run
-
     def _preprocess(self, settings: Result, workers: int, backend: str = "auto") -> Result:
         output = self.folder / "dataset"
         execution = {"workers": workers, "tokenizer_backend": backend}
         try:
-            return _child("run_preprocess", {**settings, "output": str(output), "execution": execution})
+            arguments = {**settings, "output": str(output), "execution": execution}
+            result = child("corpus_runs", "run_preprocess", arguments)
+        finally:
+            shutil.rmtree(output, ignore_errors=True)
+        result["stages"][OTHER] = result["seconds"] - sum(result["stages"].values())
+        return result
+
+    def _datatrove(self, corpus: Path, tokenizer: Path | None) -> Result:
+        output = self.folder / "datatrove"
+        arguments = {
+            "input": str(corpus),
+            "output": str(output),
+            "workers": self.workers,
+            "tokenizer": str(tokenizer) if tokenizer else None,
+        }
+        try:
+            return child("corpus_peers", "run_datatrove", arguments)
         finally:
             shutil.rmtree(output, ignore_errors=True)
 
-    def _take_turns(self, contenders: dict[str, Callable[[], object]]) -> dict[str, list[float]]:
-        """Seconds of each run of each contender."""
-        times: dict[str, list[float]] = {name: [] for name in contenders}
+    def _compare(self, part: str, contenders: dict[str, _RunOnce], corpus: Path, base: str | None = None) -> Result:
+        """What each needed, taken in turns, by medians; `base`: the one that the rates of others are divided by."""
+        runs: dict[str, list[Result]] = {name: [] for name in contenders}
         for _ in range(self.repeats):
             for name, run in contenders.items():
-                started = time.perf_counter()
-                run()
-                times[name].append(time.perf_counter() - started)
-        return times
-
-    def _rates(self, part: str, contenders: dict[str, Callable[[], float]], base: str | None = None) -> Result:
-        """The median MB/s of each, taken in turns; `base`: the one that the others are compared with."""
-        measured: dict[str, list[float]] = {name: [] for name in contenders}
-        for _ in range(self.repeats):
-            for name, run in contenders.items():
-                measured[name].append(run())
-        rates = {name: statistics.median(values) for name, values in measured.items()}
-        result: Result = {"megabytes_per_second": rates, "all": measured}
+                runs[name].append(run())
+        truth = json.loads((corpus / TRUTH_NAME).read_text(encoding="utf-8"))
+        megabytes = truth["text_bytes"] / 1e6
+        seconds = {name: [run["seconds"] for run in found] for name, found in runs.items()}
+        rates = {name: megabytes / statistics.median(times) for name, times in seconds.items()}
+        result: Result = {
+            "megabytes": megabytes,
+            "documents": truth["documents"],
+            "megabytes_per_second": rates,
+            "all_seconds": seconds,
+            "stage_seconds": {
+                name: {stage: statistics.median(run["stages"][stage] for run in found) for stage in found[0]["stages"]}
+                for name, found in runs.items()
+                if "stages" in found[0]
+            },
+            "peak_bytes": {name: max(run["peak_bytes"] for run in found) for name, found in runs.items()},
+            "removed": {name: found[0]["removed"] for name, found in runs.items() if "removed" in found[0]},
+        }
         if base:
             result["ratio"] = {name: rate / rates[base] for name, rate in rates.items()}
         for name, rate in rates.items():
             compared = f", {result['ratio'][name]:.2f} x the {base}" if base and name != base else ""
-            self.report(f"{part}: {name}: {rate:.1f} MB/s{compared}")
+            removed = f", {result['removed'][name]:,} documents removed" if name in result["removed"] else ""
+            peak = result["peak_bytes"][name] / 1e6
+            self.report(f"{part}: {name}: {rate:.1f} MB/s{compared}, largest process {peak:,.0f} MB{removed}")
+        return result
+
+    def _scale(self, result: Result, name: str) -> None:
+        """Add how many times as fast all workers are as one, and each stage of theirs."""
+        one, many = f"{name}, 1 workers", f"{name}, {self.workers} workers"
+        gain = ratio(result["all_seconds"][one], result["all_seconds"][many])["median"]
+        stages = result["stage_seconds"]
+        by_stage = {stage: stages[one][stage] / seconds for stage, seconds in stages[many].items() if seconds > 0}
+        result.setdefault("scaling", {})[name] = gain
+        result.setdefault("stage_scaling", {})[name] = by_stage
+        self.report(f"pipeline: {name}: {self.workers} workers are {gain:.2f} x as fast as one")
+
+    def _against(self, result: Result, pairs: dict[str, str]) -> Result:
+        """Add, for each peer, how many times as fast our contender is, turn by turn."""
+        result["speedup_over"] = {}
+        for theirs, ours in pairs.items():
+            found = ratio(result["all_seconds"][theirs], result["all_seconds"][ours])
+            name = theirs.partition(",")[0]
+            version = importlib.metadata.version(name)
+            result["speedup_over"][name] = {"version": version, "contender": ours, **found}
+            self.report(
+                f"{ours}: {found['median']:.1f} x as fast as {name} {version} "
+                f"(turn by turn {found['min']:.1f} to {found['max']:.1f})"
+            )
         return result
 
 
@@ -207,18 +281,13 @@ def _our_signatures(texts: Sequence[bytes]) -> Callable[[], object]:
 def _datasketch_signatures(texts: Sequence[bytes]) -> Callable[[], object]:
     from datasketch import MinHash
 
-    shingles = [_shingles(text) for text in texts]
+    documents = [shingles(text) for text in texts]
 
     def run() -> None:
-        for document in shingles:
+        for document in documents:
             MinHash(NUM_PERM, scheme="affine32").update_batch(document)
 
     return run
-
-
-def _shingles(text: bytes) -> list[bytes]:
-    words = text.split()
-    return [b" ".join(words[i : i + SHINGLE_WORDS]) for i in range(max(1, len(words) - SHINGLE_WORDS + 1))]
 
 
 def _same_signatures(texts: Sequence[bytes]) -> bool:
@@ -235,77 +304,3 @@ def _same_signatures(texts: Sequence[bytes]) -> bool:
         if not np.array_equal(sketch.hashvalues, signature(hashes, NUM_PERM)):
             return False
     return True
-
-
-# In processes of their own
-
-
-def _child(function: str, arguments: Result) -> Result:
-    """What a function below prints in a process of its own, and `peak_bytes`, the largest resident set of it or any
-    process that it started, as seen five times a second. UserError: it failed."""
-    try:
-        import psutil
-    except ImportError as error:
-        raise UserError(f"{error}; install it with pip install 'megagpt[dev]'") from error
-    peak = 0
-    with tempfile.TemporaryFile() as output, tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-c", _RUN.format(function)], stdin=subprocess.PIPE, stdout=output, stderr=errors
-        )
-        assert process.stdin is not None
-        with process.stdin as pipe:
-            pipe.write(json.dumps(arguments).encode())
-        try:
-            while process.poll() is None:
-                with contextlib.suppress(psutil.NoSuchProcess):  # it ended in this moment
-                    tree = psutil.Process(process.pid)
-                    for member in (tree, *tree.children(recursive=True)):
-                        with contextlib.suppress(psutil.NoSuchProcess):
-                            peak = max(peak, member.memory_info().rss)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(_SECONDS_BETWEEN_SAMPLES)
-        finally:
-            process.kill()
-            process.wait()
-        output.seek(0)
-        errors.seek(0)
-        if process.returncode:
-            lines = errors.read().decode(errors="replace").strip().splitlines()
-            raise UserError(f"the measured run failed: {lines[-1] if lines else f'exit code {process.returncode}'}")
-        return {**json.loads(output.read()), "peak_bytes": peak}
-
-
-def run_preprocess() -> None:
-    """Run `preprocess` with the settings on standard input, over those of the configuration `file` in them, if there is
-    one; print its times and counts."""
-    from megagpt.config.loading import load_section
-    from megagpt.corpus import CorpusConfig, preprocess
-
-    settings = json.load(sys.stdin)
-    config = load_section(CorpusConfig, settings.pop("file", None), list(settings.items()))
-    report = preprocess(config)
-    stages = {stage.name: stage.seconds for stage in report.stages}
-    print(json.dumps({"seconds": report.seconds, "stages": stages, "counts": report.counts, "tokens": report.tokens}))
-
-
-def plain_loop() -> None:
-    """What a careful user writes without this project: tiktoken's batches on threads, ids and lengths into files."""
-    from megagpt.tokenizer import load_tokenizer
-
-    arguments = json.load(sys.stdin)
-    encoding = load_tokenizer("gpt2").encoding
-    text_bytes = 0
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=arguments["output"]) as folder:
-        with open(Path(folder) / "tokens.bin", "wb") as tokens, open(Path(folder) / "lengths.bin", "wb") as lengths:
-            for path in sorted(Path(arguments["input"]).glob("*.jsonl")):
-                with open(path, encoding="utf-8") as lines:
-                    while batch := [json.loads(line)["text"] for line in itertools.islice(lines, _BATCH)]:
-                        ids = encoding.encode_ordinary_batch(batch, num_threads=arguments["threads"])
-                        for document in ids:
-                            document.append(encoding.eot_token)
-                            np.array(document, np.uint16).tofile(tokens)
-                        np.array([len(document) for document in ids], np.int32).tofile(lengths)
-                        text_bytes += sum(len(text.encode()) for text in batch)
-        seconds = time.perf_counter() - started
-    print(json.dumps({"megabytes_per_second": text_bytes / 1e6 / seconds}))

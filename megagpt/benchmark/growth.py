@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megagpt.benchmark.fresh import call, joined
+from megagpt.benchmark.slope import draw_slope
 from megagpt.benchmark.train import random_batch
 from megagpt.benchmark.turns import take_turns
 from megagpt.config.schema import RunConfig
@@ -136,7 +137,9 @@ def from_json(result: Mapping[str, Any]) -> list[Growth]:
     return [
         Growth(
             axis,
-            *([point[key] for point in points] for key in ("size", "flops", "step_seconds")),
+            sizes=[point["size"] for point in points],
+            flops=[point["flops"] for point in points],
+            seconds=[point["step_seconds"] for point in points],
             cpus=points[0].get("cpus", 0),
         )
         for axis, points in result["axes"].items()
@@ -161,24 +164,15 @@ def draw(growths: Sequence[Growth], path: Path | BinaryIO) -> None:
 
 
 def _panel(axes: "Axes", growth: Growth) -> None:
-    axes.plot(growth.sizes, growth.seconds, color="black", marker="o", label="measured")
-    ideal = "ideal: time of 1, shared" if growth.cpus else "ideal: as its FLOPs"
-    axes.plot(growth.sizes, growth.ideal_seconds, color="0.45", linestyle=(0, (5, 1.5)), label=ideal)
+    ideal = "time of 1, shared" if growth.cpus else "as its FLOPs"
+    draw_slope(axes, growth.sizes, growth.seconds, growth.ideal_seconds, ideal, base=2)
     if growth.cpus and growth.cpus < max(growth.sizes):
         axes.axvline(growth.cpus, color="0.6", linewidth=0.9, linestyle=":", label=f"{growth.cpus} CPUs")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log", base=2)
+        axes.legend(frameon=False)
     low, high = (math.log2(limit(growth.seconds + growth.ideal_seconds)) for limit in (min, max))
     axes.set_ylim(2 ** (math.floor(low) - 0.1), 2 ** (math.ceil(high) + 0.1))  # whole powers, which have the ticks
-    axes.set_xticks(growth.sizes, [f"{size:,}" for size in growth.sizes])
-    axes.minorticks_off()
-    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
     axes.set_xlabel(f"{growth.axis}, {_UNITS[growth.axis]}")
     axes.set_ylabel("s a step")
-    axes.grid(color="0.9", linewidth=0.6)
-    axes.set_axisbelow(True)
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _measure(

@@ -147,7 +147,7 @@ def start_fork_server() -> multiprocessing.context.ForkServerContext:
     """Start the process that the workers are copies of, which takes a second to import what they need, unless it runs
     already; does not wait for it."""
     context = multiprocessing.get_context("forkserver")  # fork is unsafe once the parent has threads
-    context.set_forkserver_preload(["__main__", "megagpt.corpus.pipeline", "datasketch"])
+    context.set_forkserver_preload(["__main__", "megagpt.corpus.pipeline"])
     with _hidden_from_children(signal.SIGHUP):  # which a terminal sends to all its processes, as SIGINT
         resource_tracker.ensure_running()  # before SIGINT is blocked, which it would undo
     with _hidden_from_children(signal.SIGINT, signal.SIGHUP):

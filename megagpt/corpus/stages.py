@@ -2,6 +2,8 @@
 
     evaluation ─▶ extract ─▶ exact ─▶ keys ─▶ bands ─▶ clusters ─▶ select ─▶ tokenize ─▶ write
 
+(and before `tokenize`, where there is much text, `proof`: that a faster encoder gives the same ids.)
+
 Each is a list of tasks that know nothing of each other; a task works on a part of the corpus of a bounded size, or on
 a stretch of sorted files, in bounded memory. Their results lie in the work folder.
 """
@@ -28,12 +30,13 @@ from megagpt.corpus.screening import Screening
 from megagpt.corpus.select import SelectTask, kept_draws
 from megagpt.corpus.sources import one_line
 from megagpt.corpus.splits import nominal_bounds, settled_bounds
-from megagpt.corpus.tokenize import TokenizeTask
+from megagpt.corpus.tokenize import BYTES_WORTH_A_PROOF, ProofTask, TokenizeTask
 from megagpt.corpus.workspace import disk_error
 from megagpt.corpus.write import WriteTask, write_tasks
 from megagpt.data.indexed import token_dtype
 from megagpt.errors import UserError
 from megagpt.tokenizer import Tokenizer
+from megagpt.tokenizer.fast import PROOF_SHARES, Backend, installed_version
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ class Stages:
         return select, settled_bounds(bounds, counts, drawn)
 
     def _tokenize(self, documents: Documents, select: StageResult, bounds: list[int]) -> StageResult:
-        config, extract = self.config, self.results["extract"]
+        config, backend = self.config, self._proven_backend()
         tasks = [
             TokenizeTask(
                 part=part,
@@ -155,14 +158,26 @@ class Stages:
                 vocab_sha256=self.tokenizer.vocab_sha256,
                 dtype=self.dtype,
                 vocab_dir=config.execution.vocab_dir,
-                backend=config.execution.tokenizer_backend,
-                bytes_a_worker=extract.total("kept_text_bytes") // self.pool.workers,
+                backend=backend,
                 shuffle=config.shuffle,
                 seed=config.seed,
             )
             for part, folder in zip(documents.parts, select.folders, strict=True)
         ]
         return self._stage("tokenize", tasks)
+
+    def _proven_backend(self) -> Backend:
+        """Who encodes: what was asked for, which was proven when the run began; or gigatoken, if the text is worth the
+        proof, which the workers share, and that succeeds."""
+        execution, version = self.config.execution, installed_version()
+        if execution.tokenizer_backend != "auto":
+            return execution.tokenizer_backend
+        if version is None or self.results["extract"].total("kept_text_bytes") < BYTES_WORTH_A_PROOF:
+            return "tiktoken"
+        own = (self.config.tokenizer, execution.vocab_dir, self.tokenizer.vocab_sha256)
+        # Named by the version, which is no part of the plan: a run that goes on may find another one installed.
+        proof = self._stage(f"proof_{version}", [ProofTask(*own, share) for share in range(PROOF_SHARES)])
+        return "tiktoken" if proof.total("failures") else "gigatoken"
 
     def _write(self, documents: Documents, tokenize: StageResult) -> dict[str, list[Path]]:
         """Bring the documents of each split into their order: the results of the stage `write` by split."""

@@ -20,11 +20,14 @@ from megagpt.corpus.select import DECISION
 from megagpt.corpus.splits import draws, split_of
 from megagpt.corpus.workspace import Receipt, map_array, write_array
 from megagpt.errors import UserError
-from megagpt.tokenizer import load_tokenizer
-from megagpt.tokenizer.fast import Backend, DocumentEncoder
+from megagpt.tokenizer import Tokenizer, load_tokenizer
+from megagpt.tokenizer.fast import PROOF_SHARES, Backend, DocumentEncoder, prove
 
 TOKENIZED = np.dtype([("key", "<u8"), ("begin", "<u8"), ("tokens", "<u8"), ("file", "<u4"), ("position", "<u8")])
 """A document: its key in the order of the dataset, where its tokens begin, how many they are, and its id."""
+
+BYTES_WORTH_A_PROOF = 1 << 25
+"""Text from which on gigatoken, with its proof, is faster than tiktoken, whatever the number of workers."""
 
 _BYTES_AT_ONCE = 1 << 19
 
@@ -43,9 +46,7 @@ class TokenizeTask:
     vocab_sha256: str
     """The vocabulary that the run was planned with."""
     backend: Backend
-    """Who encodes; the ids are the same."""
-    bytes_a_worker: int
-    """Text that each worker is to encode, about."""
+    """Who encodes, gigatoken being proven; the ids are the same."""
     dtype: str
     """The dataset's type of ids."""
     shuffle: bool
@@ -57,7 +58,7 @@ class TokenizeTask:
     def run(self, folder: Path) -> Receipt:
         """See the module; counts documents, tokens, both also by number of split, text bytes, and documents by length:
         `length k` is those of 2^k to 2^(k+1) - 1 tokens. UserError: the tokenizer is another one by now."""
-        encoder = _encoder(self.tokenizer, self.vocab_dir, self.vocab_sha256, self.backend, self.bytes_a_worker)
+        encoder = _encoder(self.tokenizer, self.vocab_dir, self.vocab_sha256, self.backend)
         documents = map_array(self.part.folder / "documents.bin", DOCUMENT)
         rows = np.flatnonzero(map_array(self.select / "decisions.bin", DECISION)["removed_by"] == 0)
         kept = documents[rows]
@@ -107,11 +108,33 @@ def shuffle_keys(file: npt.NDArray[np.uint32], position: UInt64, seed: int) -> U
     return mix64(mix64(mix64([seed + 1]) + file) ^ position)  # mix64 leaves 0 as it is
 
 
+@dataclass(frozen=True)
+class ProofTask:
+    """A share of the proof that gigatoken gives the same ids, which the workers have in common."""
+
+    tokenizer: str
+    vocab_dir: str | None
+    vocab_sha256: str
+    """The vocabulary that the run was planned with."""
+    share: int
+
+    def __str__(self) -> str:
+        return f"share {self.share + 1}/{PROOF_SHARES}"
+
+    def run(self, folder: Path) -> Receipt:
+        """Write nothing; counts failures, 0 or 1. UserError: the tokenizer is another one by now."""
+        tokenizer = _planned_tokenizer(self.tokenizer, self.vocab_dir, self.vocab_sha256)
+        return {"failures": int(not prove(tokenizer, self.share))}
+
+
 @functools.cache
-def _encoder(
-    name: str, vocab_dir: str | None, vocab_sha256: str, backend: Backend, bytes_a_worker: int
-) -> DocumentEncoder:
+def _encoder(name: str, vocab_dir: str | None, vocab_sha256: str, backend: Backend) -> DocumentEncoder:
+    return DocumentEncoder(_planned_tokenizer(name, vocab_dir, vocab_sha256), backend, proven=True)
+
+
+@functools.cache
+def _planned_tokenizer(name: str, vocab_dir: str | None, vocab_sha256: str) -> Tokenizer:
     tokenizer = load_tokenizer(name, vocab_dir)
     if tokenizer.vocab_sha256 != vocab_sha256:
         raise UserError(f"tokenizer {name}: its vocabulary changed during the run; run the command again")
-    return DocumentEncoder(tokenizer, backend, bytes_a_worker)
+    return tokenizer

@@ -32,7 +32,7 @@ class LossKernels(NamedTuple):
 
     def compiled(self) -> "LossKernels":
         """The same passes, each fused into one kernel at first use."""
-        return LossKernels(*(torch.compile(kernel) for kernel in self))
+        return LossKernels(torch.compile(self.softmax_), torch.compile(self.accumulate_), torch.compile(self.transpose))
 
 
 def softmax_(logits: Tensor, targets: Tensor, overwrite: bool) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ disagree on what is a letter among the newest characters only.
 import contextlib
 import functools
 import importlib.metadata
+import itertools
 import random
 import tempfile
 import unicodedata
@@ -33,6 +34,9 @@ MEMORY_CHARACTERS = 1 << 25
 RANDOM_TEXTS = 3000
 """Texts of the proof, besides all characters."""
 
+PROOF_SHARES = 4
+"""Parts of the proof, so that the workers of a run can share it."""
+
 _SCHEMES = {"gpt2": "gpt2", "r50k_base": "gpt2", "p50k_base": "gpt2", "cl100k_base": "gpt4", "o200k_base": "o200k"}
 """gigatoken's names of the patterns by which text is split into words; that of own BPEs is GPT-2's."""
 _PLANES = (range(0x40000), range(0xE0000, 0xF0000))
@@ -43,21 +47,20 @@ _CHARACTERS_AT_ONCE = 256
 class DocumentEncoder:
     """Encodes one document after another, in one thread: what `Tokenizer.encode_to_numpy` gives, whatever the backend.
 
-    `auto` uses gigatoken if it is usable, once TRIAL_CHARACTERS have been encoded, or at once if the caller expects
-    four times as many. Not to be shared between threads.
+    `auto` uses gigatoken if it is usable, once TRIAL_CHARACTERS have been encoded. `proven`: gigatoken is used without
+    another proof, as all shares of `prove` succeeded. Not to be shared between threads.
 
     Raises:
         UserError: gigatoken was asked for and cannot be used; says why.
     """
 
-    def __init__(self, tokenizer: Tokenizer, backend: Backend = "auto", expected_characters: int = 0) -> None:
+    def __init__(self, tokenizer: Tokenizer, backend: Backend = "auto", proven: bool = False) -> None:
         self._tokenizer = tokenizer
-        trial = TRIAL_CHARACTERS if expected_characters < 4 * TRIAL_CHARACTERS else 0
-        self._trial_left = trial if backend == "auto" else None
+        self._trial_left = TRIAL_CHARACTERS if backend == "auto" else None
         self._fast: _Gigatoken | None = None
         if backend == "gigatoken":
             try:
-                self._fast = _proven(tokenizer)
+                self._fast = _Gigatoken(tokenizer) if proven else _proven(tokenizer)
             except _UnusableError as error:
                 raise UserError(
                     f"tokenizer backend gigatoken cannot be used with tokenizer {tokenizer.name}: {error}; "
@@ -148,12 +151,34 @@ class _Gigatoken:
 def _proven(tokenizer: Tokenizer) -> _Gigatoken:
     """gigatoken, after the proof, which takes about a second. _UnusableError: it fails."""
     fast = _Gigatoken(tokenizer)
-    for text in proof_texts():
+    for share in range(PROOF_SHARES):
+        _prove(tokenizer, fast, share)
+    fast._start()  # without the memory of the proof
+    return fast
+
+
+def installed_version() -> str | None:
+    """gigatoken's version; None: it is not installed."""
+    try:
+        return importlib.metadata.version("gigatoken")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def prove(tokenizer: Tokenizer, share: int) -> bool:
+    """Whether one of PROOF_SHARES shares of the proof succeeds, each of which takes an equal time."""
+    try:
+        _prove(tokenizer, _Gigatoken(tokenizer), share)
+    except _UnusableError:
+        return False
+    return True
+
+
+def _prove(tokenizer: Tokenizer, fast: _Gigatoken, share: int) -> None:
+    for text in _proof_share(share):
         if fast.can_encode(text) and not np.array_equal(fast.encode(text), tokenizer.encode_to_numpy(text)):
             version = importlib.metadata.version("gigatoken")
             raise _UnusableError(f"version {version} encodes text in another way than tiktoken, such as {text[:40]!r}")
-    fast._start()  # without the memory of the proof
-    return fast
 
 
 @functools.cache
@@ -166,13 +191,17 @@ def known_characters() -> npt.NDArray[np.int64]:
 
 def proof_texts() -> Iterator[str]:
     """Every known character where its class shows (after and before letters, digits, marks, blanks, in contractions),
-    then random texts; always the same."""
+    and random texts; always the same."""
+    return itertools.chain.from_iterable(map(_proof_share, range(PROOF_SHARES)))
+
+
+def _proof_share(share: int) -> Iterator[str]:
     characters = [chr(point) for point in known_characters().tolist()]
-    for start in range(0, len(characters), _CHARACTERS_AT_ONCE):
-        block = characters[start : start + _CHARACTERS_AT_ONCE]
-        yield "".join(f" x{c}'s 12{c}34  {c}{c}Ab!{c}\n" for c in block)
-    rng = random.Random(0)
-    for _ in range(RANDOM_TEXTS):
+    step = _CHARACTERS_AT_ONCE
+    for start in range(share * step, len(characters), PROOF_SHARES * step):
+        yield "".join(f" x{c}'s 12{c}34  {c}{c}Ab!{c}\n" for c in characters[start : start + step])
+    rng = random.Random(share)
+    for _ in range(share, RANDOM_TEXTS, PROOF_SHARES):
         pool = rng.choice((_PIECES, _PIECES, characters, [*rng.choices(_PIECES, k=3), *rng.choices(characters, k=2)]))
         yield "".join(rng.choices(pool, k=rng.randrange(40)))
 

@@ -18,13 +18,14 @@ import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from megagpt.corpus import CorpusConfig, Report, pipeline, preprocess, stages
+from megagpt.corpus import CorpusConfig, Report, pipeline, preprocess, stages, tokenize
 from megagpt.corpus.plan import make_plan
 from megagpt.corpus.workspace import Receipt
 from megagpt.data.indexed import IndexedDataset
 from megagpt.data.manifest import Manifest
 from megagpt.errors import UsageError, UserError
-from megagpt.tokenizer import load_tokenizer
+from megagpt.tokenizer import Tokenizer, load_tokenizer
+from megagpt.tokenizer.fast import PROOF_SHARES, DocumentEncoder
 from megagpt.tokenizer.ranks import BYTE_RANKS, write_rank_file
 from tests.unit.corpus.texts import document, edited, jaccard, write_jsonl
 
@@ -557,3 +558,26 @@ def test_a_failure_while_writing_leaves_no_output_and_the_next_run_goes_on(
     report = run(corpus, max_bad=0.1)
     assert all(stage.reused == stage.tasks for stage in report.stages if stage.name != "join")
     assert sorted(path.name for path in corpus.iterdir()) == ["in", "out"]
+
+
+@pytest.mark.slow
+def test_workers_share_the_proof_of_the_faster_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gigatoken")
+    write_jsonl(tmp_path / "in/a.jsonl", [document(random.Random(seed), 60) for seed in range(20)])
+    options = {"tokenizer": "gpt2", "dedup": {"method": "none"}}
+    small = run(tmp_path, "small", **options)
+    monkeypatch.setattr(stages, "BYTES_WORTH_A_PROOF", 1000)
+    large = run(tmp_path, "large", **options)
+    proofs = [[stage.tasks for stage in report.stages if stage.name.startswith("proof_")] for report in (small, large)]
+    assert proofs == [[], [PROOF_SHARES]]
+    assert (tmp_path / "large/train.bin").read_bytes() == (tmp_path / "small/train.bin").read_bytes()
+    monkeypatch.setattr(tokenize, "prove", lambda *_: False)
+    monkeypatch.setattr(tokenize, "DocumentEncoder", _OnlyTiktoken)
+    unproven = run(tmp_path, "unproven", **options, overwrite=True)
+    assert unproven.counts == large.counts
+
+
+class _OnlyTiktoken(DocumentEncoder):
+    def __init__(self, tokenizer: Tokenizer, backend: str, proven: bool) -> None:
+        assert backend == "tiktoken"
+        super().__init__(tokenizer, "tiktoken")

@@ -127,13 +127,20 @@ def test_the_patterns_of_the_larger_vocabularies_split_alike(name: str, monkeypa
         DocumentEncoder(tokenizer, "gigatoken")
 
 
+def test_shares_of_the_proof_are_all_of_it() -> None:
+    shares = [list(module._proof_share(share)) for share in range(module.PROOF_SHARES)]
+    assert sum(map(len, shares)) == len(list(module.proof_texts()))
+    assert set("".join(text for share in shares for text in share)) >= set(map(chr, known_characters().tolist()))
+
+
+@pytest.mark.usefixtures("short_proof", "broken_library")
+def test_some_share_fails_with_a_library_that_differs() -> None:
+    assert not all(module.prove(GPT2, share) for share in range(module.PROOF_SHARES))
+
+
 @pytest.mark.usefixtures("short_proof")
-def test_auto_uses_gigatoken_at_once_where_much_text_is_expected(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "TRIAL_CHARACTERS", 1000)
-    for expected, backend in ((3999, "tiktoken"), (4000, "gigatoken")):
-        encoder = DocumentEncoder(GPT2, "auto", expected)
-        encoder.encode("one")
-        assert encoder.backend == backend
+def test_every_share_succeeds_with_a_library_that_is_alike() -> None:
+    assert all(module.prove(GPT2, share) for share in range(module.PROOF_SHARES))
 
 
 @pytest.mark.usefixtures("short_proof")
