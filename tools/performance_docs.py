@@ -1,4 +1,4 @@
-"""python -m tools.performance_docs: write docs/performance.md and its picture from the results in docs/measurements."""
+"""python -m tools.performance_docs: write docs/performance.md and its pictures from results in docs/measurements."""
 
 import os
 from pathlib import Path
@@ -7,12 +7,12 @@ from typing import Annotated
 import typer
 
 from megagpt.benchmark.measurements import read_measurement
-from megagpt.benchmark.page import GROWTH, draw_growth, is_drawn_from, render
+from megagpt.benchmark.page import PICTURES, drawn, is_drawn_from, render
 from megagpt.errors import UserError
 from tools.command import run_command, single_command
 
 PROGRAM = "python -m tools.performance_docs"
-PAGE, PICTURE = "performance.md", "performance_growth.png"
+PAGE = "performance.md"
 
 
 def main(
@@ -20,7 +20,7 @@ def main(
         "docs"
     ),
     check: Annotated[
-        bool, typer.Option("--check", help="Write nothing; fail if page or picture is not current.")
+        bool, typer.Option("--check", help="Write nothing; fail if the page or a picture is not current.")
     ] = False,
 ) -> None:
     """Write the page of measured speed from performance.md.j2 and measurements/*.json.
@@ -30,23 +30,27 @@ def main(
     os.environ.setdefault(
         "DS_ACCELERATOR", "cpu"
     )  # drawing needs none, but imports DeepSpeed, which would look for one
-    page, growth = render(folder), read_measurement(folder / "measurements" / f"{GROWTH}.json")
-    paths = (folder / PAGE, folder / PICTURE)
+    page = render(folder)
+    results = {
+        name: read_measurement(folder / "measurements" / f"{one.measurement}.json") for name, one in PICTURES.items()
+    }
+    pictures = {folder / name: (PICTURES[name], result) for name, result in results.items() if result}
     try:
-        if not check:
-            paths[0].write_text(page, encoding="utf-8")
-            if growth:
-                paths[1].write_bytes(draw_growth(growth))
+        if check:
+            _check(folder / PAGE, (folder / PAGE).read_text(encoding="utf-8") == page)
+            for path, (picture, result) in pictures.items():
+                _check(path, is_drawn_from(path.read_bytes(), picture, result))
             return
-        current = (
-            paths[0].read_text(encoding="utf-8") == page,
-            not growth or is_drawn_from(paths[1].read_bytes(), growth),
-        )
+        (folder / PAGE).write_text(page, encoding="utf-8")
+        for path, (picture, result) in pictures.items():
+            path.write_bytes(drawn(picture, result))
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}") from error
-    for path, is_current in zip(paths, current, strict=True):
-        if not is_current:
-            raise UserError(f"{path}: not current; run {PROGRAM}")
+
+
+def _check(path: Path, is_current: bool) -> None:
+    if not is_current:
+        raise UserError(f"{path}: not current; run {PROGRAM}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A picture of how preprocessing's cost grows with the text: the ladder of `linear`, and what each stage takes a MB."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from megagpt.benchmark.corpus_runs import Result
 from megagpt.benchmark.slope import draw_slope, finish
@@ -19,7 +19,7 @@ _GROUPS = {
 _COLORS = ("#1f4e79", "#c0504d", "#7aa6c2", "#d9a441", "0.75")
 
 
-def draw_linear(linear: Result, path: Path) -> None:
+def draw_linear(linear: Result, path: Path | BinaryIO) -> None:
     """A PNG file of the result of `linear`: seconds beside the ideal slope; seconds a MB, by stages."""
     from matplotlib.figure import Figure
 

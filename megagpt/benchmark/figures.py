@@ -108,16 +108,15 @@ def _corpus(result: Result) -> Iterator[Figure]:
     if part := result.get("bands"):
         rates = [part["documents"] / seconds for seconds in part["seconds"]]
         yield Figure("banding and clustering", part["documents_per_second"], "documents/s", min(rates), max(rates))
-    for name, title in (("tokenize", "tokenization"), ("pipeline", "whole runs")):
+    for name, title in (("tokenize", "tokenization"), ("dedup", "duplicates alone"), ("pipeline", "whole runs")):
         part = result.get(name, {})
         for contender, rate in part.get("megabytes_per_second", {}).items():
-            runs = part["all"][contender]
-            yield Figure(f"{title}: {contender}", rate, "MB/s", min(runs), max(runs))
+            rates = [part["megabytes"] / seconds for seconds in part["all_seconds"][contender]]
+            yield Figure(f"{title}: {contender}", rate, "MB/s", min(rates), max(rates))
         for contender, ratio in part.get("scaling", {}).items():
             yield Figure(f"{title}: {contender}, over 1 worker", ratio, "x")
-    for size, part in result.get("linear", {}).items():
-        yield Figure(f"{int(size):,} MB of text, a MB", part["seconds_per_megabyte"], "s")
-        yield Figure(f"{int(size):,} MB of text, largest process", part["peak_bytes"], "MB", scale=1e6)
+        for peer, speedup in part.get("speedup_over", {}).items():
+            yield _times(f"{title}: {speedup['contender']}, speedup over {peer} {speedup['version']}", speedup)
 
 
 def _growth(result: Result) -> Iterator[Figure]:

@@ -8,9 +8,9 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import jinja2
 
@@ -22,8 +22,36 @@ from megagpt.benchmark.targets import number
 from megagpt.errors import UserError
 
 TEMPLATE = "performance.md.j2"
-GROWTH = "growth"
 _SIGNATURE = "Measurement"  # the text in a picture's file that tells what it was drawn from
+
+
+class Picture(NamedTuple):
+    """A picture of the page."""
+
+    measurement: str
+    """The name of the result that it shows."""
+    part: str
+    """The key of what of it is shown."""
+    draw: Callable[[Mapping[str, Any], BinaryIO], None]
+
+
+def _draw_growth(measurement: Mapping[str, Any], file: BinaryIO) -> None:
+    from megagpt.benchmark.growth import draw, from_json
+
+    draw(from_json(measurement), file)
+
+
+def _draw_corpus(measurement: Mapping[str, Any], file: BinaryIO) -> None:
+    from megagpt.benchmark.corpus_plot import draw_linear
+
+    draw_linear(measurement["linear"], file)
+
+
+PICTURES = {
+    "performance_growth.png": Picture("growth", "axes", _draw_growth),
+    "performance_corpus.png": Picture("corpus", "linear", _draw_corpus),
+}
+"""By the names of their files."""
 
 
 def render(folder: Path) -> str:
@@ -51,29 +79,27 @@ def render(folder: Path) -> str:
         raise UserError(f"{page.being_read}: damaged ({error}); measure it again") from None
 
 
-def draw_growth(measurement: Mapping[str, Any]) -> bytes:
-    """The PNG file of a result of `growth`, which tells in itself what it was drawn from."""
+def drawn(picture: Picture, measurement: Mapping[str, Any]) -> bytes:
+    """The PNG file of a result, which tells in itself what it was drawn from."""
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
 
-    from megagpt.benchmark.growth import draw, from_json
-
-    drawn, signed, text = io.BytesIO(), io.BytesIO(), PngInfo()
-    draw(from_json(measurement), drawn)
-    text.add_text(_SIGNATURE, _digest(measurement))
-    Image.open(drawn).convert("L").save(signed, "PNG", pnginfo=text, optimize=True)
+    content, signed, text = io.BytesIO(), io.BytesIO(), PngInfo()
+    picture.draw(measurement, content)
+    text.add_text(_SIGNATURE, _digest(measurement[picture.part]))
+    Image.open(content).convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE).save(signed, "PNG", pnginfo=text, optimize=True)
     return signed.getvalue()
 
 
-def is_drawn_from(picture: bytes, measurement: Mapping[str, Any]) -> bool:
-    """Whether `draw_growth` made the picture from it; fonts and versions of libraries may differ."""
+def is_drawn_from(content: bytes, picture: Picture, measurement: Mapping[str, Any]) -> bool:
+    """Whether `drawn` made the PNG file from it; fonts and versions of libraries may differ."""
     from PIL import Image
 
-    return Image.open(io.BytesIO(picture)).info.get(_SIGNATURE) == _digest(measurement)
+    return Image.open(io.BytesIO(content)).info.get(_SIGNATURE) == _digest(measurement[picture.part])
 
 
-def _digest(measurement: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(measurement["axes"], sort_keys=True).encode()).hexdigest()
+def _digest(part: object) -> str:
+    return hashlib.sha256(json.dumps(part, sort_keys=True).encode()).hexdigest()
 
 
 class _Page:

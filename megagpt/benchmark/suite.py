@@ -76,6 +76,8 @@ CPU = (
           "--plot FOLDER/growth.png"),
     Entry("generate", "Sampling", "generate --rows 1,8", nanogpt=True, targets=_SAMPLING),
     Entry("corpus", "From text to tokens", "corpus --megabytes 200 --workers 2 --large", targets=_TWO_WORKERS),
+    Entry("corpus_peers", "Duplicates beside datasketch and datatrove",
+          "corpus --parts dedup --megabytes 30 --workers 2 --repeats 2 --datatrove"),
     Entry("data", "Reading datasets", "data"),
     Entry("checkpoint", "Checkpoints", "checkpoint"),
 )  # fmt: skip

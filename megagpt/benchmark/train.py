@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from megagpt.benchmark.fresh import joined
+from megagpt.benchmark.parts import step_parts
 from megagpt.benchmark.peers import nanogpt_model, transformers_model, weights_of
 from megagpt.benchmark.turns import ratio, take_turns
 from megagpt.config import check_batch
@@ -95,6 +96,7 @@ def compare(
             seconds[name] += times
         if dist.get_rank() == 0:
             report(f"step {step}: " + ", ".join(f"{name} {times[-1]:.3f} s" for name, times in seconds.items()))
+    parts = step_parts(contenders["megagpt"]) if device.type == "cpu" else None
     for engine in engines.values():
         engine.close()
     medians = {name: statistics.median(times[1:]) for name, times in seconds.items()}
@@ -112,6 +114,7 @@ def compare(
         "tokens_per_second": {name: tokens / median for name, median in medians.items()},
         "model_flops_per_second": rate,
         "mfu": rate / peak if peak else None,
+        "parts_seconds": parts,
         "speedup_over": {name: ratio(times[1:], reference) for name, times in seconds.items() if name != "megagpt"},
     }
 

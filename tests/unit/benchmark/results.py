@@ -33,6 +33,7 @@ def ratio(median: float) -> dict[str, float]:
 def _train() -> dict[str, Any]:
     seconds = {"megagpt": 2.0, "plain": 3.0, "nanogpt": 10.0, "nanogpt, compiled": 2.5}
     return {
+        "ranks": 1,
         "steps": 7,
         "tokens_per_step": 8192,
         "precision": "bf16",
@@ -41,6 +42,7 @@ def _train() -> dict[str, Any]:
         "tokens_per_second": {name: 8192 / one for name, one in seconds.items()},
         "model_flops_per_second": 1e12,
         "mfu": None,
+        "parts_seconds": {"matrix products": 1.25, "AdamW": 0.75},
         "speedup_over": {name: ratio(one / 2) for name, one in seconds.items() if name != "megagpt"},
     }
 
@@ -72,12 +74,30 @@ def _corpus() -> dict[str, Any]:
     return {
         "signatures": {"documents": 9, "documents_per_second": {"megagpt": 6543.0, "datasketch": 1.0}, "ratio": 4.4},
         "bands": {"documents": 100, "seconds": [1.0, 2.0], "documents_per_second": 66.0},
+        "dedup": {
+            "megabytes": 100.0,
+            "documents": 1000,
+            "megabytes_per_second": {"megagpt, 2 workers": 5.5},
+            "all_seconds": {"megagpt, 2 workers": [18.0, 19.0]},
+            "peak_bytes": {"megagpt, 2 workers": 141e6},
+            "removed": {"megagpt, 2 workers": 77},
+            "speedup_over": {"datatrove": {"version": "0.1", "contender": "megagpt, 2 workers", **ratio(23.0)}},
+        },
         "pipeline": {
             "megabytes_per_second": rates,
-            "all": {name: [rate - 1, rate + 1] for name, rate in rates.items()},
+            "megabytes": 100.0,
+            "all_seconds": {name: [100 / (rate - 1), 100 / (rate + 1)] for name, rate in rates.items()},
+            "stage_scaling": {"dedup": {"extract": 1.7, "clusters": 1.1}},
             "scaling": {"dedup": 1.9},
         },
-        "linear": {"10": {"seconds_per_megabyte": 0.123, "peak_bytes": 141e6}},
+        "linear": {
+            "workers": 2,
+            "megabytes": [1.0, 10.0],
+            "seconds": [1.23, 4.5],
+            "ideal_seconds": [0.45, 4.5],
+            "stage_seconds": {"extract": [1.0, 4.0], "other": [0.23, 0.5]},
+            "peak_bytes": [141e6, 151e6],
+        },
     }
 
 
@@ -96,6 +116,13 @@ def _data() -> dict[str, Any]:
         "documents": 10**7,
         "loader": {"ratio": ratio(1.32), "rate": judged("loader, one core", 91.0, 20.0, True, "million tokens/s")},
         "blend": {"seconds": judged("start of a blend", 2.5, 2.0)},
+    }
+
+
+def _start() -> dict[str, Any]:
+    return {
+        name: {"seconds": judged(f"{name} start", seconds, 40.0), "parts": {"data": 1.5, "first step": seconds - 1.5}}
+        for name, seconds in (("cold", 31.0), ("warm", 7.5))
     }
 
 
@@ -120,6 +147,7 @@ RESULTS = {
     "corpus": _corpus,
     "growth": _growth,
     "data": _data,
+    "start": _start,
     "checkpoint": _checkpoint,
 }
 

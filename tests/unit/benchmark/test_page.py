@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megagpt.benchmark.page import TEMPLATE, draw_growth, is_drawn_from, render
+from megagpt.benchmark.page import PICTURES, TEMPLATE, drawn, is_drawn_from, render
 from megagpt.benchmark.suite import CPU, GPU, Entry
 from megagpt.errors import UserError
 from tests.forked import run_module
@@ -53,7 +53,7 @@ def test_the_numbers_are_those_of_the_results(folder: Path):
     assert "| this project | 2 | 4,096 |  |" in small
     assert "| nanoGPT, compiled, autocast | 2.5 | 3,277 | 1.25 (1.00 to 1.50) |" in small
     assert "| small | 8 | 361 | 111 | 1.50 (1.25 to 1.75) | 61% |" in section(page, "Sampling")
-    assert "| 10 MB | 0.123 | 141 MB |" in section(page, "From text to tokens")
+    assert "| 10 | 4.5 | 0.45 | 1 | 151 |" in section(page, "From text to tokens")
     assert "| depth | 1, 2, 4, 8 | 1.5, 2, 4, 8 | 1.5, 1, 1, 1 |" in section(page, "Growth of a training step")
     assert "| start of a blend | 2.5 s | 1.25 to 5 | <= 2 s | MISSED |" in section(page, "Reading datasets")
     assert "stalled training for 0.16 s where a synchronous one took\n1.26 s" in section(page, "Checkpoints")
@@ -152,15 +152,17 @@ def test_a_damaged_result_is_one_line_with_its_file(folder: Path, name: str, dam
     assert "\n" not in str(caught.value)
 
 
-def test_the_picture_knows_what_it_was_drawn_from():
-    growth = measurement(ENTRIES["growth"])
-    picture = draw_growth(growth)
-    assert is_drawn_from(picture, growth)
-    other = json.loads(json.dumps(growth))
-    other["axes"]["depth"][0]["step_seconds"] += 1
-    assert not is_drawn_from(picture, other)
-    assert (np.asarray(Image.open(io.BytesIO(picture)).convert("L")) < 100).mean() > 0.002
-    assert len(picture) < 100_000
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_picture_knows_what_it_was_drawn_from(name: str):
+    picture = PICTURES[name]
+    result = measurement(ENTRIES[picture.measurement])
+    content = drawn(picture, result)
+    assert is_drawn_from(content, picture, result)
+    other = json.loads(json.dumps(result))
+    other[picture.part]["again"] = 1
+    assert not is_drawn_from(content, picture, other)
+    assert (np.asarray(Image.open(io.BytesIO(content)).convert("L")) < 100).mean() > 0.002
+    assert len(content) < 100_000
 
 
 @pytest.mark.slow
