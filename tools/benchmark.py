@@ -349,7 +349,7 @@ def measure_all(
     show = _printer()
     if show_list:
         for entry in (*CPU, *GPU):
-            show(f"{entry.name:22} {command_of(entry.arguments(output, nanogpt))}")
+            show(f"{entry.name:22} {command_of(entry.arguments(nanogpt))}")
         return
     entries = _chosen(GPU if torch.cuda.is_available() else CPU, only)
     if nanogpt and not nanogpt.is_file():

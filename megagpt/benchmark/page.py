@@ -87,7 +87,9 @@ def drawn(picture: Picture, measurement: Mapping[str, Any]) -> bytes:
     content, signed, text = io.BytesIO(), io.BytesIO(), PngInfo()
     picture.draw(measurement, content)
     text.add_text(_SIGNATURE, _digest(measurement[picture.part]))
-    Image.open(content).convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE).save(signed, "PNG", pnginfo=text, optimize=True)
+    Image.open(content).convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE).save(
+        signed, "PNG", pnginfo=text, optimize=True
+    )
     return signed.getvalue()
 
 
@@ -133,7 +135,7 @@ class _Page:
         """That was measured, or that measures it."""
         if name in self.measurements:
             return self.measurements[name]["command"]
-        return command_of(self.entries[name].arguments(Path("runs"), Path("PATH/model.py")))
+        return command_of(self.entries[name].arguments(Path("PATH/model.py")))
 
     def common(self) -> dict[str, str]:
         """Day, revision and machine of most measurements, in words; rates are ranges over all on that machine."""

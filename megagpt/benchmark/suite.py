@@ -29,16 +29,15 @@ class Entry:
     name: str
     title: str
     words: str
-    """After `python -m tools.benchmark`; FOLDER stands for that of the results."""
+    """After `python -m tools.benchmark`."""
     nanogpt: bool = False
     """Whether nanoGPT takes part if there is a checkout of it."""
     targets: Mapping[str, Target] = field(default_factory=dict)
     """What figures shall be that the result does not judge, by their names (megagpt.benchmark.figures)."""
 
-    def arguments(self, folder: Path, nanogpt: Path | None = None) -> list[str]:
+    def arguments(self, nanogpt: Path | None = None) -> list[str]:
         """The words, with nanoGPT's model.py if that is given and takes part."""
-        words = [word.replace("FOLDER", str(folder)) for word in self.words.split()]
-        return [*words, *(["--nanogpt", str(nanogpt)] if nanogpt and self.nanogpt else [])]
+        return [*self.words.split(), *(["--nanogpt", str(nanogpt)] if nanogpt and self.nanogpt else [])]
 
 
 _SMALL_STEP = {
@@ -63,19 +62,19 @@ _ONE_ROW = "train.global_batch_size=1 train.micro_batch_size=1"
 _LEVERS = "--against train.compile=false --against model.vocab_multiple_of=128 --against parallel.zero_stage=0"
 
 CPU = (
-    Entry("train_small", "Training step, small model", "train configs/small.yaml --steps 8 --transformers",
+    Entry("train_small", "Training step, small model", "train configs/small.yaml --steps 6 --transformers",
           nanogpt=True, targets=_SMALL_STEP),
-    Entry("train_ranks", "Training step, small model, two ranks", "train configs/small.yaml --ranks 2 --steps 8",
+    Entry("train_ranks", "Training step, small model, two ranks", "train configs/small.yaml --ranks 2 --steps 6",
           nanogpt=True, targets=_SMALL_STEP),
-    Entry("train_gpt2_124m", "Training step, GPT-2 124M", f"train configs/gpt2_124m.yaml {_ONE_ROW} --steps 8 "
+    Entry("train_gpt2_124m", "Training step, GPT-2 124M", f"train configs/gpt2_124m.yaml {_ONE_ROW} --steps 6 "
           "--transformers", nanogpt=True, targets=_SMALL_STEP),
-    Entry("train_llama_150m", "Training step, Llama 150M", f"train configs/llama_150m.yaml {_ONE_ROW} --steps 8 "
+    Entry("train_llama_150m", "Training step, Llama 150M", f"train configs/llama_150m.yaml {_ONE_ROW} --steps 6 "
           "--transformers"),
     Entry("start", "Time to the first step", "start configs/small.yaml"),
-    Entry("growth", "Growth of a training step", "growth configs/small.yaml train.global_batch_size=8 "
-          "--plot FOLDER/growth.png"),
-    Entry("generate", "Sampling", "generate --rows 1,8", nanogpt=True, targets=_SAMPLING),
-    Entry("corpus", "From text to tokens", "corpus --megabytes 200 --workers 2 --large", targets=_TWO_WORKERS),
+    Entry("growth", "Growth of a training step", "growth configs/small.yaml train.global_batch_size=8 --steps 3"),
+    Entry("generate", "Sampling", "generate --rows 1,8 --repeats 3", nanogpt=True, targets=_SAMPLING),
+    Entry("corpus", "From text to tokens", "corpus --parts signatures,bands,tokenize,pipeline,linear "
+          "--megabytes 100 --workers 2 --repeats 2 --large", targets=_TWO_WORKERS),
     Entry("corpus_peers", "Duplicates beside datasketch and datatrove",
           "corpus --parts dedup --megabytes 30 --workers 2 --repeats 2 --datatrove"),
     Entry("data", "Reading datasets", "data"),
@@ -109,7 +108,7 @@ def run_suite(
     failed = []
     for number, entry in enumerate(entries, 1):
         output, place = folder / f"{entry.name}.json", f"[{number}/{len(entries)}] {entry.name}"
-        arguments = entry.arguments(folder, nanogpt)
+        arguments = entry.arguments(nanogpt)
         if not fresh and (date := date_measured(output, arguments)):
             report(f"{place}: kept, measured {date}")
             continue

@@ -35,7 +35,7 @@ def test_names_are_of_one_measurement_each():
 @pytest.mark.slow
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 def test_every_measurement_is_a_command_line_that_works(entry: Entry, tmp_path: Path):
-    command, *words = entry.arguments(tmp_path, Path("model.py"))
+    command, *words = entry.arguments(Path("model.py"))
     text = run_module("tools.benchmark", command, "--help").stdout
     assert [word for word in words if word.startswith("--") and word not in text] == []
     if command in ("train", "growth"):
@@ -53,10 +53,10 @@ def test_targets_are_of_figures_that_the_result_has(entry: Entry):
 
 
 def test_nanogpt_takes_part_where_it_is_given():
-    entry = Entry("a", "A", "train configs/small.yaml --plot FOLDER/a.png", nanogpt=True)
-    words = ["train", "configs/small.yaml", "--plot", "my runs/a.png"]
-    assert entry.arguments(Path("my runs")) == words
-    assert entry.arguments(Path("my runs"), Path("x/model.py")) == [*words, "--nanogpt", "x/model.py"]
+    entry = Entry("a", "A", "train configs/small.yaml --steps 3", nanogpt=True)
+    words = ["train", "configs/small.yaml", "--steps", "3"]
+    assert entry.arguments() == words
+    assert entry.arguments(Path("x/model.py")) == [*words, "--nanogpt", "x/model.py"]
 
 
 def test_figures_are_those_of_the_result_beside_their_targets():
@@ -96,7 +96,7 @@ def test_an_unknown_name_is_refused_with_those_that_there_are():
 def test_what_was_measured_by_the_same_command_is_kept(tmp_path: Path):
     lines: list[str] = []
     entry = Entry("data", "Data", "no-such-command")
-    words = entry.arguments(tmp_path)
+    words = entry.arguments()
     (tmp_path / "data.json").write_text(json.dumps(measurement(entry, command=command_of(words))))
     assert run_suite([entry], tmp_path, None, fresh=False, report=lines.append) == []
     assert lines == ["[1/1] data: kept, measured 2026-03-04T05:06:07+00:00"]
@@ -107,7 +107,7 @@ def test_what_is_damaged_or_of_another_command_is_measured_anew(content: str | N
     entry = Entry("data", "Data", "data --repeats 2")
     path = tmp_path / "data.json"
     path.write_text(content or json.dumps(measurement(entry, command=command_of(["data", "--repeats", "3"]))))
-    assert date_measured(path, entry.arguments(tmp_path)) is None
+    assert date_measured(path, entry.arguments()) is None
 
 
 @pytest.mark.slow
@@ -120,7 +120,7 @@ def test_others_are_measured_after_one_that_fails(tmp_path: Path):
     assert re.fullmatch(rf"\[1/2\] bad: FAILED: nowhere.yaml.*; see {re.escape(str(log))}", lines[1])
     assert {file.name for file in tmp_path.iterdir()} == {"bad.log", "good.json"}
     result = json.loads((tmp_path / "good.json").read_text())
-    assert (result["command"], result["benchmark"]) == (command_of(good.arguments(tmp_path)), "corpus")
+    assert (result["command"], result["benchmark"]) == (command_of(good.arguments()), "corpus")
     assert [figure.name for figure in summary([bad, good], tmp_path)] == ["good: signatures, one core"]
     assert run_suite([good], tmp_path, None, fresh=False, report=lines.append) == []
     assert lines[-1] == f"[1/1] good: kept, measured {result['date']}"
