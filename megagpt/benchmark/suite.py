@@ -85,6 +85,9 @@ CPU = (
 GPU = (
     Entry("gpu_train_124m", "Training step on a GPU, GPT-2 124M", "train configs/gpt2_124m.yaml "
           f"train.global_batch_size=32 train.micro_batch_size=32 --steps 20 {_LEVERS}"),
+    Entry("gpu_attention", "Kernels of attention on a GPU, GPT-2 124M", "train configs/gpt2_124m.yaml "
+          "train.global_batch_size=32 train.micro_batch_size=32 --steps 20 --against train.attention_kernel=flash "
+          "--against train.attention_kernel=cudnn --against train.attention_kernel=efficient"),
     Entry("gpu_train_1_3b", "Training step on a GPU, GPT-3 1.3B", "train configs/gpt3_1.3b.yaml "
           "train.global_batch_size=8 train.micro_batch_size=8 --steps 10 "
           "--against train.activation_checkpointing=true"),

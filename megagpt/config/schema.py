@@ -238,6 +238,8 @@ class TrainConfig(Section):
     """Seed of initial weights, sample order and dropout."""
     compile: bool = True
     """Whether to compile the model's blocks and loss with torch.compile; at parallel.zero_stage 3 the loss only."""
+    attention_kernel: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
+    """Which of SDPA's kernels computes attention; auto: torch's choice, on CPUs in bf16 products of strips."""
     activation_checkpointing: bool = False
     """Whether blocks recompute their activations in backward: about a third more compute for much less memory."""
     init_from: str | None = Field(None, min_length=1)

@@ -8,11 +8,13 @@ is masked, in blocks of 128 x 128, but only compiled and on GPUs.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask
 
 from megagpt.config.schema import ModelConfig
@@ -20,6 +22,14 @@ from megagpt.model.positions import Rotary, apply_rotary, document_starts
 
 FlexKernel = Callable[..., Tensor]
 """torch.nn.attention.flex_attention.flex_attention, compiled or not."""
+
+SDPA_KERNELS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+"""By the words of train.attention_kernel."""
 
 _BLOCK_SIZE = 128
 _STRIPS_UP_TO = 1024  # positions: their scores are stored, which grows with the square
@@ -81,6 +91,7 @@ class Attention(nn.Module):
         self.dropout = config.dropout
         self.flex_kernel: FlexKernel | None = None
         self.sums_at_one_position = False
+        self.sdpa_kernel: SDPBackend | None = None
         qkv_size = (self.num_heads + 2 * self.num_kv_heads) * self.head_dim
         self.qkv = nn.Linear(config.hidden_size, qkv_size, bias=config.bias)
         self.out = nn.Linear(config.hidden_size, config.hidden_size, bias=config.bias)
@@ -133,20 +144,23 @@ class Attention(nn.Module):
             repeats = self.num_heads // self.num_kv_heads
             key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
             grouped = False
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=dropout,
-            is_causal=mask is None and query.shape[2] > 1,
-            enable_gqa=grouped,
-        )
+        # Evaluation and sampling bring masks and caches that the chosen one may not take.
+        with sdpa_kernel(self.sdpa_kernel) if self.sdpa_kernel and self.training else nullcontext():
+            return F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                dropout_p=dropout,
+                is_causal=mask is None and query.shape[2] > 1,
+                enable_gqa=grouped,
+            )
 
     def _in_strips(self, query: Tensor, dropout: float) -> bool:
         """Whether strips are the faster way: 1.4 to 4.9 times SDPA's speed with its backward where this says so."""
         return (
-            torch.compiler.is_compiling()
+            self.sdpa_kernel is None
+            and torch.compiler.is_compiling()
             and query.device.type == "cpu"
             and query.dtype == torch.bfloat16
             and 1 < query.shape[2] <= _STRIPS_UP_TO
@@ -221,6 +235,24 @@ def _listed(marks: Tensor) -> tuple[Tensor, Tensor]:
     """How many of each row are marked, and the row's columns, those first: int32."""
     columns = torch.argsort(marks.byte(), dim=-1, descending=True, stable=True)
     return marks.sum(-1, dtype=torch.int32), columns.int().contiguous()
+
+
+def missing_for_sdpa_kernel(
+    config: ModelConfig, kernel: str, masked: bool, device: torch.device, dtype: torch.dtype
+) -> str | None:
+    """Why torch cannot train `config` by one of SDPA_KERNELS on `device`, found out by trying; None: it can.
+
+    masked: with documents kept apart by a mask.
+    """
+    attention = Attention(config).to(device, dtype)
+    attention.sdpa_kernel = SDPA_KERNELS[kernel]
+    hidden_states = torch.zeros(1, 64, config.hidden_size, device=device, dtype=dtype)
+    mask = torch.ones(1, 1, 64, 64, dtype=torch.bool, device=device).tril() if masked else None
+    try:
+        attention(hidden_states, mask=mask).sum().backward()
+    except RuntimeError as error:  # "No available kernel. Aborting execution."
+        return str(error).splitlines()[0].rstrip(".")
+    return None
 
 
 def missing_for_flex_attention(config: ModelConfig, device: torch.device) -> str | None:

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from megagpt.config.schema import ModelConfig
 from megagpt.model.attention import (
+    SDPA_KERNELS,
     Attention,
     BlockSparseMask,
     FlexKernel,
@@ -162,6 +163,13 @@ def compile_blocks(model: GPT) -> None:
 def compile_attention(model: GPT) -> None:
     """Keep documents apart by FlexAttention from now on, which is compiled at its first use, within blocks or alone."""
     use_flex_attention(model, torch.compile(flex_attention))
+
+
+def use_sdpa_kernel(model: GPT, kernel: str) -> None:
+    """Train by one of SDPA_KERNELS from now on."""
+    for block in model.blocks:
+        assert isinstance(block, Block)
+        block.attention.sdpa_kernel = SDPA_KERNELS[kernel]
 
 
 def use_flex_attention(model: GPT, kernel: FlexKernel) -> None:

@@ -34,9 +34,9 @@ from megagpt.config.schema import RunConfig
 from megagpt.data.loader import Batch
 from megagpt.data.samples import IGNORE_INDEX
 from megagpt.errors import UsageError, UserError
-from megagpt.model.attention import missing_for_flex_attention
+from megagpt.model.attention import missing_for_flex_attention, missing_for_sdpa_kernel
 from megagpt.model.compiling import missing_for_compile
-from megagpt.model.gpt import GPT, compile_attention, compile_blocks, compile_loss
+from megagpt.model.gpt import GPT, compile_attention, compile_blocks, compile_loss, use_sdpa_kernel
 from megagpt.model.init import initialize_weights, learning_rate_scale, parameter_kind, stacked_heights
 from megagpt.training.checkpoint import SHARDS
 from megagpt.training.control import PATIENCE
@@ -52,6 +52,7 @@ from megagpt.training.universal_loading import load_universal
 logger = logging.getLogger(__name__)
 
 _AUTOCAST_DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Raw DeepSpeed options that would contradict what the rest of the configuration says, and who says it.
 _OWNED_OPTIONS = {
     "train_batch_size": "train.global_batch_size",
@@ -153,6 +154,8 @@ class Engine:
             reason = " ".join(str(error).split())
             raise UsageError(f"section deepspeed: DeepSpeed refuses its options: {reason}") from error
         wait_as_long_as_needed()
+        if config.train.attention_kernel != "auto":
+            self._choose_attention(config.train.attention_kernel)
         self._on_device = config.train.precision != "fp16"  # fp16's loss scale is decided on the host
         if not self._on_device and self.zero_stage:  # how many steps may be skipped is faults.max_skipped_steps' to say
             self._engine.optimizer.loss_scaler.raise_error_at_min_scale = False
@@ -307,6 +310,12 @@ class Engine:
             model = GPT(self.config.model, activation_checkpointing=checkpointing)
         copy_weights(model, weights, _gathered) if weights else initialize_weights(model, seed, _gathered)
         return model
+
+    def _choose_attention(self, kernel: str) -> None:
+        config, dtype = self.config, _DTYPES[self.config.train.precision]
+        if missing := missing_for_sdpa_kernel(config.model, kernel, config.data.document_mask, self.device, dtype):
+            raise UsageError(f"train.attention_kernel {kernel}: not for this model here ({missing}); choose auto")
+        use_sdpa_kernel(self.module, kernel)
 
     def _clip_unsharded_gradients(self) -> None:
         """Stage 0, where DeepSpeed would clip but not tell the norm. A gradient that is not finite stays so."""

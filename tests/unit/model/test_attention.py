@@ -3,9 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from megagpt.model.attention import Attention, _attend_in_strips, attention_mask
-from tests.unit.model.configs import GPT2
+from megagpt.model import GPT, initialize_weights
+from megagpt.model.attention import Attention, _attend_in_strips, attention_mask, missing_for_sdpa_kernel
+from megagpt.model.gpt import use_sdpa_kernel
+from tests.unit.model.configs import GPT2, tokens
 
 
 def inputs(heads: int, kv_heads: int, seq_len: int, dtype=torch.float64):
@@ -55,3 +58,38 @@ def test_compiled_on_cpus_bf16_attention_is_products_of_matrices(dtype, seq_len,
     assert any("scaled_dot_product_attention" in name for name in called) != in_strips
     if not dropout:
         torch.testing.assert_close(compiled, attention(hidden_states), atol=2e-3, rtol=2e-2)
+
+
+class Calls(TorchDispatchMode):
+    """Names of all operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.__name__)
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize(("kernel", "fused"), [("flash", True), ("math", False)])
+def test_a_chosen_kernel_computes_attention_in_training_and_no_other_in_evaluation(kernel, fused, compiled):
+    torch.compiler.reset()
+    model = GPT(GPT2).to(torch.bfloat16)
+    initialize_weights(model, 0)
+    use_sdpa_kernel(model, kernel)
+    if compiled:
+        for block in model.blocks:
+            block.compile(backend="aot_eager")
+    for training in (True, False):
+        with Calls() as calls:
+            model.train(training)(tokens(GPT2))
+        name = "_scaled_dot_product_flash_attention_for_cpu.default"
+        assert (name in calls.names) == (fused or not training)
+
+
+def test_a_kernel_that_torch_does_not_have_here_is_known_before_training():
+    cpu = torch.device("cpu")
+    assert missing_for_sdpa_kernel(GPT2, "cudnn", False, cpu, torch.bfloat16)
+    assert missing_for_sdpa_kernel(GPT2, "flash", True, cpu, torch.bfloat16) is None
