@@ -123,6 +123,29 @@ def train(
 
 
 @app.command()
+def loss(
+    config: Annotated[str, typer.Argument(help="Configuration of a run; its model's sizes count.")] = (
+        "configs/small.yaml"
+    ),
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Changes to the configuration.")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Of a micro-batch.")] = 8192,
+    repeats: Annotated[int, typer.Option(min=1, help="Turns that count, after two that do not.")] = 5,
+    device: Annotated[Device, typer.Option(help="auto: cuda if there is a GPU.")] = Device.auto,
+    output: Output = None,
+) -> None:
+    """The output head with its loss, against full logits, and on a GPU against Liger Kernel if it is installed.
+
+    Example: python -m tools.benchmark loss configs/gpt2_124m.yaml --tokens 1024
+    """
+    from megagpt.benchmark.loss import compare_losses
+
+    model = load_config(config, overrides or []).model
+    _write("loss", compare_losses(model, tokens, repeats, resolve_device(device.value), _printer()), output)
+
+
+@app.command()
 def growth(
     config: Annotated[str, typer.Argument(help="Configuration of a run; its data is not read.")] = "configs/small.yaml",
     overrides: Annotated[

@@ -119,6 +119,15 @@ def _corpus(result: Result) -> Iterator[Figure]:
             yield _times(f"{title}: {speedup['contender']}, speedup over {peer} {speedup['version']}", speedup)
 
 
+def _loss(result: Result) -> Iterator[Figure]:
+    for name, speedup in result["speedup_over"].items():
+        yield _times(f"speedup over {name}", speedup)
+    for name, seconds in result["seconds"].items():
+        yield Figure(name, seconds * 1e3, "ms")
+        if peak := result["peak_bytes"][name]:
+            yield Figure(f"{name}: memory", peak, "MB", scale=1e6)
+
+
 def _growth(result: Result) -> Iterator[Figure]:
     for axis, points in result["axes"].items():
         over = [point["step_seconds"] / point["ideal_seconds"] for point in points]
@@ -131,6 +140,7 @@ def _times(name: str, ratio: Mapping[str, float]) -> Figure:
 
 _READERS: dict[str, Callable[[Result], Iterator[Figure]]] = {
     "train": _train,
+    "loss": _loss,
     "generate": _generate,
     "corpus": _corpus,
     "growth": _growth,

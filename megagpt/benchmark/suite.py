@@ -70,6 +70,7 @@ CPU = (
           "--transformers", nanogpt=True, targets=_SMALL_STEP),
     Entry("train_llama_150m", "Training step, Llama 150M", f"train configs/llama_150m.yaml {_ONE_ROW} --steps 6 "
           "--transformers"),
+    Entry("loss", "Output head and loss, GPT-2 124M", "loss configs/gpt2_124m.yaml --tokens 1024"),
     Entry("start", "Time to the first step", "start configs/small.yaml"),
     Entry("growth", "Growth of a training step", "growth configs/small.yaml train.global_batch_size=8 --steps 3"),
     Entry("generate", "Sampling", "generate --rows 1,8 --repeats 3", nanogpt=True, targets=_SAMPLING),
@@ -88,6 +89,8 @@ GPU = (
     Entry("gpu_attention", "Kernels of attention on a GPU, GPT-2 124M", "train configs/gpt2_124m.yaml "
           "train.global_batch_size=32 train.micro_batch_size=32 --steps 20 --against train.attention_kernel=flash "
           "--against train.attention_kernel=cudnn --against train.attention_kernel=efficient"),
+    Entry("gpu_loss", "Output head and loss on a GPU, GPT-2 124M", "loss configs/gpt2_124m.yaml --tokens 32768 "
+          "--repeats 20"),
     Entry("gpu_train_1_3b", "Training step on a GPU, GPT-3 1.3B", "train configs/gpt3_1.3b.yaml "
           "train.global_batch_size=8 train.micro_batch_size=8 --steps 10 "
           "--against train.activation_checkpointing=true"),
