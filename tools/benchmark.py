@@ -21,7 +21,7 @@ from megagpt.benchmark.data import DataBenchmark
 from megagpt.benchmark.figures import aligned, figures_of
 from megagpt.benchmark.fresh import call
 from megagpt.benchmark.generate import GenerateBenchmark
-from megagpt.benchmark.machine import PROGRAM, command_of, head
+from megagpt.benchmark.machine import PROGRAM, command_of, head, revision
 from megagpt.benchmark.measurements import check_writable, write_measurement
 from megagpt.benchmark.peers import check_peers
 from megagpt.benchmark.start import StartBenchmark
@@ -57,6 +57,7 @@ def main() -> None:
 
     Example: python -m tools.benchmark train configs/small.yaml --steps 10
     """
+    revision()  # as it is now, not when all is measured
 
 
 @app.command()

@@ -69,7 +69,7 @@ def run_preprocess() -> None:
     settings = json.load(sys.stdin)
     config = load_section(CorpusConfig, settings.pop("file", None), list(settings.items()))
     report = preprocess(config)
-    stages = {stage.name.partition("_")[0]: stage.seconds for stage in report.stages}  # proof_VERSION
+    stages = {stage.name: stage.seconds for stage in report.stages}
     counts = report.counts
     result = {"seconds": report.seconds, "stages": stages, "documents": counts["documents"]}
     result |= {"text_bytes": counts["text_bytes"], "removed": counts["removed_exact"] + counts["removed_near"]}

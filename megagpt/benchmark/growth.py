@@ -178,11 +178,13 @@ def _panel(axes: "Axes", growth: Growth) -> None:
 def _measure(
     axis: str, configs: list[RunConfig], steps: int, device: torch.device, report: Callable[[str], None]
 ) -> Growth:
+    torch.compiler.reset()  # or all axes' sizes would count against the versions of a block
     engines = [Engine(config, config.train.global_batch_size, 1, device) for config in configs]
     contenders: dict[str, Callable[[], object]] = {
         str(number): _step(engine, random_batch(engine.config, device)) for number, engine in enumerate(engines)
     }
-    take_turns(contenders, 2)  # compile; let the allocator find its size
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False):  # each size is compiled for itself
+        take_turns(contenders, 2)  # compile; let the allocator find its size
     times = [statistics.median(seconds) for seconds in take_turns(contenders, steps).values()]
     for engine in engines:
         engine.close()

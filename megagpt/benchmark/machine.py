@@ -5,13 +5,15 @@ could do in that hour, whatever else it did: a product of bf16 matrices, and rea
 """
 
 import datetime
+import functools
 import importlib.metadata
 import os
 import platform
+import re
 import shlex
 import subprocess
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -36,7 +38,7 @@ def head(benchmark: str, words: Sequence[str]) -> dict[str, Any]:
     revision: {commit, changed} if the code is a checkout of git, else None; changed: whether a file of the code differs
     from the commit.
     """
-    values = (benchmark, command_of(words), _now(), _revision(), describe_machine())
+    values = (benchmark, command_of(words), _now(), revision(), describe_machine())
     return dict(zip(HEAD, values, strict=True))
 
 
@@ -71,10 +73,15 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
+def portable(text: str) -> str:
+    """Text without the folders of absolute paths in it: PATH stands for them."""
+    return re.sub(r"(?<![\w./:])(?:/[\w.+-]+)*/([\w.+-]+)", r"PATH/\1", text)
+
+
 def _portable(words: Sequence[str]) -> Iterator[str]:
     rest = iter(words)
     for word in rest:
-        option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+        option, equals, _ = word.partition("=") if word.startswith("--") else ("", "", "")
         if option in _FILES_WRITTEN:
             if not equals:
                 next(rest, None)
@@ -82,17 +89,17 @@ def _portable(words: Sequence[str]) -> Iterator[str]:
             if not equals:
                 next(rest, None)
             yield from (option, "PATH/model.py")
-        elif PurePath(value).is_absolute():
-            yield f"{option}{equals}PATH/{PurePath(value).name}"
         else:
-            yield word
+            yield portable(word)
 
 
 def _now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
-def _revision() -> dict[str, Any] | None:
+@functools.cache
+def revision() -> dict[str, Any] | None:
+    """That of the checkout when it is first asked for, which is before anything is measured; None: there is none."""
     checkout = Path(__file__).parents[2]
     if not (checkout / ".git").exists():
         return None

@@ -95,9 +95,13 @@ def drawn(picture: Picture, measurement: Mapping[str, Any]) -> bytes:
 
 def is_drawn_from(content: bytes, picture: Picture, measurement: Mapping[str, Any]) -> bool:
     """Whether `drawn` made the PNG file from it; fonts and versions of libraries may differ."""
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
-    return Image.open(io.BytesIO(content)).info.get(_SIGNATURE) == _digest(measurement[picture.part])
+    try:
+        found = Image.open(io.BytesIO(content)).info.get(_SIGNATURE)
+    except UnidentifiedImageError:
+        return False
+    return found == _digest(measurement[picture.part])
 
 
 def _digest(part: object) -> str:
@@ -158,7 +162,7 @@ class _Page:
         origin, common = self.origins[name], self.common()
         words = [f"{_ORIGIN[key]} {origin[key]}" for key in _ORIGIN if origin[key] != common[key]]
         if origin["machine"] != common["machine"]:
-            words += _rates(self.measurements[name]["machine"])
+            words.append(origin["rates"])
         return words
 
     def rows(self, name: str, *parts: str) -> str:
@@ -197,6 +201,7 @@ def _origin(measurement: Mapping[str, Any], path: Path) -> dict[str, str]:
             "day": measurement["date"][:10],
             "revision": _code(measurement["revision"]),
             "machine": _machine(measurement["machine"]),
+            "rates": "; ".join(_rates(measurement["machine"])),
         }
     except (KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); measure it again") from None

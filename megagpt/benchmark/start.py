@@ -10,7 +10,6 @@ import contextlib
 import os
 import re
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
@@ -23,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
+from megagpt.benchmark.machine import portable
 from megagpt.benchmark.targets import Target
 from megagpt.config import load_config
 from megagpt.data.indexed import IndexedDatasetWriter, token_dtype
@@ -76,8 +77,8 @@ class StartBenchmark:
                 parts = ", ".join(f"{part} {seconds:.2f}" for part, seconds in found[-1].items())
                 self.report(f"{name}: {_first_step(found[-1]):.2f} s ({parts})")
         return {
-            "config": self.config,
-            "overrides": list(self.overrides),
+            "config": portable(self.config),
+            "overrides": [portable(override) for override in self.overrides],
             "ranks": self.ranks,
             "repeats": self.repeats,
             **{name: self._judged(name, found) for name, found in starts.items()},
@@ -119,15 +120,23 @@ class StartBenchmark:
         try:
             seconds = _watch(process, run_dir / "metrics.jsonl")
         finally:  # what follows the steps, the final checkpoint, is not of interest
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            _kill_all(process)
         if not seconds:
             raise UserError(f"the run failed: {_reason(self.folder / 'output')}")
         began, first, second = seconds
         marks = [started, *_phases(run_dir), began, began + first]
         lengths = (after - before for before, after in pairwise(marks))
         return {**dict(zip(PARTS, lengths, strict=True)), "second step": second}
+
+
+def _kill_all(process: "subprocess.Popen[bytes]") -> None:
+    """With the ranks, which torchrun starts in sessions of their own."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        parent = psutil.Process(process.pid)
+        for one in (*parent.children(recursive=True), parent):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+    process.wait()
 
 
 def write_dataset(prefix: Path, tokens: int, vocab_size: int) -> None:

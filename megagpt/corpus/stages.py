@@ -8,6 +8,7 @@ Each is a list of tasks that know nothing of each other; a task works on a part 
 a stretch of sorted files, in bounded memory. Their results lie in the work folder.
 """
 
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -159,6 +160,7 @@ class Stages:
                 dtype=self.dtype,
                 vocab_dir=config.execution.vocab_dir,
                 backend=backend,
+                is_required=config.execution.tokenizer_backend != "auto",
                 shuffle=config.shuffle,
                 seed=config.seed,
             )
@@ -174,9 +176,13 @@ class Stages:
             return execution.tokenizer_backend
         if version is None or self.results["extract"].total("kept_text_bytes") < BYTES_WORTH_A_PROOF:
             return "tiktoken"
+        # The version is no part of the plan: a run that goes on may find another one installed.
+        proven = self.folder / "proven_version"
+        if not proven.exists() or proven.read_text(encoding="utf-8") != version:
+            shutil.rmtree(self.folder / "proof", ignore_errors=True)
+            proven.write_text(version, encoding="utf-8")
         own = (self.config.tokenizer, execution.vocab_dir, self.tokenizer.vocab_sha256)
-        # Named by the version, which is no part of the plan: a run that goes on may find another one installed.
-        proof = self._stage(f"proof_{version}", [ProofTask(*own, share) for share in range(PROOF_SHARES)])
+        proof = self._stage("proof", [ProofTask(*own, share) for share in range(PROOF_SHARES)])
         return "tiktoken" if proof.total("failures") else "gigatoken"
 
     def _write(self, documents: Documents, tokenize: StageResult) -> dict[str, list[Path]]:

@@ -47,6 +47,8 @@ class TokenizeTask:
     """The vocabulary that the run was planned with."""
     backend: Backend
     """Who encodes, gigatoken being proven; the ids are the same."""
+    is_required: bool
+    """Whether the run fails on a machine that lacks it; else tiktoken encodes there."""
     dtype: str
     """The dataset's type of ids."""
     shuffle: bool
@@ -58,7 +60,7 @@ class TokenizeTask:
     def run(self, folder: Path) -> Receipt:
         """See the module; counts documents, tokens, both also by number of split, text bytes, and documents by length:
         `length k` is those of 2^k to 2^(k+1) - 1 tokens. UserError: the tokenizer is another one by now."""
-        encoder = _encoder(self.tokenizer, self.vocab_dir, self.vocab_sha256, self.backend)
+        encoder = _encoder(self.tokenizer, self.vocab_dir, self.vocab_sha256, self.backend, self.is_required)
         documents = map_array(self.part.folder / "documents.bin", DOCUMENT)
         rows = np.flatnonzero(map_array(self.select / "decisions.bin", DECISION)["removed_by"] == 0)
         kept = documents[rows]
@@ -128,8 +130,16 @@ class ProofTask:
 
 
 @functools.cache
-def _encoder(name: str, vocab_dir: str | None, vocab_sha256: str, backend: Backend) -> DocumentEncoder:
-    return DocumentEncoder(_planned_tokenizer(name, vocab_dir, vocab_sha256), backend, proven=True)
+def _encoder(
+    name: str, vocab_dir: str | None, vocab_sha256: str, backend: Backend, is_required: bool
+) -> DocumentEncoder:
+    tokenizer = _planned_tokenizer(name, vocab_dir, vocab_sha256)
+    try:
+        return DocumentEncoder(tokenizer, backend, proven=True)
+    except UserError:
+        if is_required:
+            raise
+        return DocumentEncoder(tokenizer, "tiktoken")
 
 
 @functools.cache

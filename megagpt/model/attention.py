@@ -137,7 +137,7 @@ class Attention(nn.Module):
             query = query.view(batch, self.num_kv_heads, -1, head_dim)
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
             return attended.view(batch, heads, 1, head_dim)
-        if self._in_strips(query, dropout):
+        if self._in_strips(query, key, dropout):
             return _attend_in_strips(query, key, value, mask)
         if grouped and mask is not None:
             # No fused GPU kernel takes a mask and grouped heads together; unfused, SDPA would store seq x seq scores.
@@ -156,14 +156,14 @@ class Attention(nn.Module):
                 enable_gqa=grouped,
             )
 
-    def _in_strips(self, query: Tensor, dropout: float) -> bool:
+    def _in_strips(self, query: Tensor, key: Tensor, dropout: float) -> bool:
         """Whether strips are the faster way: 1.4 to 4.9 times SDPA's speed with its backward where this says so."""
         return (
             self.sdpa_kernel is None
             and torch.compiler.is_compiling()
             and query.device.type == "cpu"
             and query.dtype == torch.bfloat16
-            and 1 < query.shape[2] <= _STRIPS_UP_TO
+            and 1 < query.shape[2] == key.shape[2] <= _STRIPS_UP_TO
             and not dropout
         )
 

@@ -133,7 +133,7 @@ def _forward(
         scale = 64 if dtype == torch.float16 else 1
         # As (hidden, vocab), which CPUs multiply a fifth faster than its transpose.
         grad_weight = product = weight.new_empty(hidden_size, padded_size)
-        if chunk_tokens < len(targets) or scale > 1:  # else the one product is the sum
+        if chunk_tokens != len(targets) or scale > 1:  # else the one product is the sum
             grad_weight = torch.zeros_like(product, dtype=loss.dtype)
     for start in range(0, len(targets), chunk_tokens):
         chunk = slice(start, start + chunk_tokens)

@@ -84,17 +84,17 @@ def test_the_revision_is_the_commit_and_whether_the_code_differs_from_it(
     code.parent.mkdir(parents=True)
     code.write_text("1")
     monkeypatch.setattr(machine, "__file__", str(code))
-    assert machine._revision() is None, "no checkout"
+    assert machine.revision.__wrapped__() is None, "no checkout"
     git(tmp_path, "init", "--quiet")
     git(tmp_path, "add", ".")
     git(tmp_path, "commit", "--quiet", "--message", "a")
     commit = git(tmp_path, "rev-parse", "--short", "HEAD")
     (tmp_path / "result.json").write_text("{}")
-    assert machine._revision() == {"commit": commit, "changed": False}, "what is no code does not count"
+    assert machine.revision.__wrapped__() == {"commit": commit, "changed": False}, "what is no code does not count"
     code.write_text("2")
-    assert machine._revision() == {"commit": commit, "changed": True}
+    assert machine.revision.__wrapped__() == {"commit": commit, "changed": True}
     monkeypatch.setenv("PATH", "")
-    assert machine._revision() is None, "no git"
+    assert machine.revision.__wrapped__() is None, "no git"
 
 
 @pytest.mark.slow
