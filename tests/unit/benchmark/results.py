@@ -69,6 +69,15 @@ def _generate() -> dict[str, Any]:
     }
 
 
+def _loss() -> dict[str, Any]:
+    return {
+        "tokens": 1024,
+        "seconds": {"megagpt": 0.7, "full logits, compiled": 0.9},
+        "peak_bytes": {"megagpt": None, "full logits, compiled": 9e6},
+        "speedup_over": {"full logits, compiled": ratio(1.3)},
+    }
+
+
 def _corpus() -> dict[str, Any]:
     rates = {"dedup, 1 workers": 10.0, "dedup, 2 workers": 19.0}
     return {
@@ -144,6 +153,7 @@ def _checkpoint() -> dict[str, Any]:
 RESULTS = {
     "train": _train,
     "generate": _generate,
+    "loss": _loss,
     "corpus": _corpus,
     "growth": _growth,
     "data": _data,

@@ -28,6 +28,8 @@ HOST = os.uname().nodename
         (["data", "--folder=/scratch/me"], "data --folder=PATH/me"),
         (["train", "/home/me/tiny.yaml"], "train PATH/tiny.yaml"),
         (["train", "--against", "train.compile=false a=1"], "train --against 'train.compile=false a=1'"),
+        (["train", "--against", "train.run_dir=/home/me/r"], "train --against train.run_dir=PATH/r"),
+        (["train", "data.train=[{path: /home/me/d}]"], "train 'data.train=[{path: PATH/d}]'"),
     ],
 )
 def test_the_command_has_no_path_of_this_machine(words: list[str], portable: str):

@@ -7,9 +7,10 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
-from megagpt.benchmark.start import PARTS, write_dataset
+from megagpt.benchmark.start import PARTS, _kill_all, write_dataset
 from megagpt.data.indexed import IndexedDataset
 
 TINY = (
@@ -68,3 +69,17 @@ def test_the_dataset_has_its_tokens_in_documents(tmp_path: Path, vocab_size: int
     dataset = IndexedDataset(tmp_path / "train")
     assert [len(dataset.document(number)) for number in range(dataset.num_documents)] == [1000, 1000, 500]
     assert 0 <= dataset.tokens(0, 2500).min() <= dataset.tokens(0, 2500).max() < vocab_size
+
+
+def test_ranks_that_a_launcher_started_in_sessions_of_their_own_end_with_it():
+    rank = [sys.executable, "-c", "import time; time.sleep(600)"]
+    launch = (
+        f"import subprocess; p = subprocess.Popen({rank!r}, start_new_session=True); print(p.pid, flush=True); p.wait()"
+    )
+    launcher = subprocess.Popen([sys.executable, "-c", launch], stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout is not None
+    with launcher.stdout as output:
+        started = psutil.Process(int(output.readline()))
+    _kill_all(launcher)
+    started.wait(timeout=10)
+    assert launcher.returncode == -9

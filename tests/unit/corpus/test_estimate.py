@@ -11,7 +11,8 @@ import pytest
 
 from megagpt.corpus import CorpusConfig, estimate, plan
 from megagpt.corpus.config import CleanConfig, DedupConfig
-from megagpt.corpus.estimate import sample_chunks
+from megagpt.corpus.estimate import _seconds, sample_chunks
+from megagpt.corpus.executor import StageResult
 from megagpt.corpus.extract import ExtractTask
 from megagpt.corpus.plan import make_plan
 from megagpt.corpus.screening import Screening
@@ -115,3 +116,10 @@ def test_no_file_is_read_much_further_than_its_share_of_the_sample(
 def test_chunks_of_a_huge_input_grow_so_that_their_number_stays_bounded() -> None:
     assert plan._chunk_bytes(None, 1 << 30) == 1 << 23
     assert (100 << 40) // plan._chunk_bytes(None, 100 << 40) <= 1 << 14
+
+
+def test_the_proof_of_the_encoder_takes_as_long_for_a_large_corpus_as_for_its_sample() -> None:
+    receipts = [{"seconds": 0.5}] * 4
+    result = StageResult([], receipts, 0, {})
+    assert _seconds("proof", result, 2000.0, 8) == pytest.approx(0.5)
+    assert _seconds("tokenize", result, 2000.0, 8) == pytest.approx(2000 * 4 * 0.5 / 8)

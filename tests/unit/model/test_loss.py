@@ -65,6 +65,12 @@ def test_gradcheck_in_double_precision():
     assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, targets) * 2.0, (hidden, weight))
 
 
+def test_no_tokens_give_zero_gradients():
+    hidden, weight, targets = inputs(tokens=0)
+    linear_cross_entropy(hidden, weight, targets).backward()
+    assert not weight.grad.any()
+
+
 def test_only_ignored_targets_give_zero_loss_and_zero_gradients():
     hidden, weight, targets = inputs()
     loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, IGNORE_INDEX))
