@@ -43,6 +43,10 @@ def test_a_step_is_compared_with_the_plain_loop_and_transformers(tmp_path: Path)
     assert set(result["step_seconds"]) == names
     assert set(result["speedup_over"]) == names - {"megagpt"}
     assert result["tokens_per_step"] == 4 * 32
+    parts = result["parts_seconds"]
+    assert all(seconds >= 0 for seconds in parts.values())
+    assert parts["matrix products"] > 0
+    assert parts["AdamW"] > 0
     for name, seconds in result["step_seconds"].items():
         assert result["tokens_per_second"][name] == pytest.approx(128 / seconds)
     assert re.search(r"^speedup over transformers, compiled +[\d.]+ x +[\d.]+ to [\d.]+$", done.stdout, re.MULTILINE)
@@ -81,9 +85,9 @@ def test_ranks_share_the_batch_and_only_rank_0_runs_the_plain_loop_with_a_thread
     finally:
         ranks.stop()
     cpus = len(os.sched_getaffinity(0))
-    # Two steps, one of which counts; of 4 sequences in micro-batches of 2, each rank has one.
-    assert first == {"engine": [(1, 1)] * 2, "plain": [(2, cpus)] * 2, "after": 1}
-    assert second == {"engine": [(1, 1)] * 2, "plain": [], "after": 1}
+    # Two steps, one of which counts, and one that is profiled; of 4 sequences by micro-batches of 2, each rank has one.
+    assert first == {"engine": [(1, 1)] * 3, "plain": [(2, cpus)] * 2, "after": 1}
+    assert second == {"engine": [(1, 1)] * 3, "plain": [], "after": 1}
 
 
 def _threads_while_comparing() -> dict[str, object]:
