@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from megagpt.benchmark.growth import AXES, FACTORS, RANKS, Growth, _flops, scaled
+from megagpt.benchmark import growth
+from megagpt.benchmark.growth import AXES, FACTORS, Growth, _flops, scaled
 from megagpt.config import load_config
 from megagpt.errors import UsageError
+from megagpt.model.counts import flops_per_token
 
 
 @pytest.fixture
@@ -62,32 +64,30 @@ def test_an_unknown_axis_is_refused_with_the_names_of_all(file: Path):
     assert (done.returncode, done.stderr) == (2, f"error: there is no axis 'rank'; choose from {names}\n")
 
 
-def test_the_command_measures_all_axes_and_draws_them(file: Path, tmp_path: Path):
+@pytest.mark.slow
+def test_the_command_measures_axes_and_draws_them(file: Path, tmp_path: Path):
     plot, output = tmp_path / "pictures/growth.png", tmp_path / "growth.json"
-    command = [
-        sys.executable,
-        "-m",
-        "tools.benchmark",
-        "growth",
-        file,
-        "--steps",
-        1,
-        "--plot",
-        plot,
-        "--output",
-        output,
-    ]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=250)
+    sizes = [axis for axis in AXES if axis != "ranks"]
+    words = ["growth", file, "--steps", 1, "--axes", ",".join(sizes), "--plot", plot, "--output", output]
+    command = [sys.executable, "-m", "tools.benchmark", *map(str, words)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert done.returncode == 0, done.stderr
     found = json.loads(output.read_text())["axes"]
-    assert list(found) == list(AXES)
+    assert list(found) == sizes
     assert [point["size"] for point in found["width"]] == [int(32 * factor) for factor in FACTORS]
-    assert [point["size"] for point in found["ranks"]] == list(RANKS)
-    for point in found["ranks"]:
-        parts = [point[f"{part}_seconds"] for part in ("forward", "backward", "optimizer")]
-        assert min(parts) > 0
-        assert sum(parts) < 1.5 * point["step_seconds"]  # medians of each need not add up
-    for points in (found[axis] for axis in AXES if axis != "ranks"):
+    for points in found.values():
         ratios = [point["step_seconds"] / point["ideal_seconds"] for point in points]
         assert min(ratios) == pytest.approx(1)
     assert (np.asarray(Image.open(plot).convert("L")) < 100).mean() > 0.002
+
+
+@pytest.mark.slow
+def test_ranks_are_jobs_of_their_own_that_share_a_batch(file: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(growth, "RANKS", (1, 2))
+    lines: list[str] = []
+    found = growth._measure_ranks(load_config(file), 1, lines.append)
+    assert (found.sizes, len(found.seconds), len(lines)) == ([1, 2], 2, 2)
+    assert found.flops[0] == found.flops[1] == 12 * 16 * flops_per_token(load_config(file).model, 16)
+    for seconds, parts in zip(found.seconds, found.parts, strict=True):
+        assert min(parts.values()) > 0
+        assert sum(parts.values()) < 1.5 * seconds  # medians of each need not add up
