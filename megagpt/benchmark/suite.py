@@ -77,7 +77,7 @@ CPU = (
     Entry("corpus", "From text to tokens", "corpus --parts signatures,bands,tokenize,pipeline,linear "
           "--megabytes 100 --workers 2 --repeats 2 --large", targets=_TWO_WORKERS),
     Entry("corpus_peers", "Duplicates beside datasketch and datatrove",
-          "corpus --parts dedup --megabytes 30 --workers 2 --repeats 2 --datatrove"),
+          "corpus --parts dedup --megabytes 20 --workers 2 --repeats 2 --datatrove"),
     Entry("data", "Reading datasets", "data"),
     Entry("checkpoint", "Checkpoints", "checkpoint"),
 )  # fmt: skip
