@@ -146,7 +146,7 @@ def _measure(arguments: Sequence[str], output: Path) -> str | None:
         raise UserError(f"{log}: cannot be written: {error.strerror}") from error
     try:
         code = process.wait()
-    except BaseException:
+    except BaseException:  # an interrupt: nobody will ask why the measurement did not end
         log.unlink()
         raise
     finally:
