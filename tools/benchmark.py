@@ -19,6 +19,7 @@ from megagpt.benchmark.corpus import PARTS, Benchmark
 from megagpt.benchmark.corpus_plot import draw_linear
 from megagpt.benchmark.data import DataBenchmark
 from megagpt.benchmark.figures import aligned, figures_of
+from megagpt.benchmark.fit import most_layers, with_layers
 from megagpt.benchmark.fresh import call
 from megagpt.benchmark.generate import GenerateBenchmark
 from megagpt.benchmark.machine import PROGRAM, command_of, head, revision
@@ -27,7 +28,7 @@ from megagpt.benchmark.peers import check_peers
 from megagpt.benchmark.start import StartBenchmark
 from megagpt.benchmark.suite import CPU, GPU, Entry, run_suite, summary
 from megagpt.config import check_batch, check_precision, load_config
-from megagpt.config.schema import TrainConfig
+from megagpt.config.schema import RunConfig, TrainConfig
 from megagpt.errors import UsageError, UserError
 from megagpt.inference.loading import resolve_device
 from megagpt.inference.sampling import Sampling
@@ -71,6 +72,13 @@ def train(
     nanogpt: Annotated[
         Path | None, typer.Option(help="The model.py of a checkout of nanoGPT, to compare with.")
     ] = None,
+    fit_layers: Annotated[
+        bool,
+        typer.Option("--fit-layers", help="Of the model's layers so many that all contenders fit one GPU at once."),
+    ] = False,
+    unfused: Annotated[
+        bool, typer.Option("--unfused", help="Compare with the plain loop with torch's AdamW as it is by default, too.")
+    ] = False,
     against: Annotated[
         list[str] | None,
         typer.Option(help="Compare with this configuration changed: 'section.key=value ...'; may be given repeatedly."),
@@ -94,6 +102,14 @@ def train(
         if variant.seq_len != run_config.seq_len:
             raise UsageError(f"--against {words!r}: the sequence length must be that of all contenders")
     check_peers(run_config.model, transformers, nanogpt)
+    if fit_layers:
+        if transformers or nanogpt:
+            raise UsageError(
+                "--fit-layers knows what ours and the plain loop take; leave --transformers and --nanogpt out"
+            )
+        layers = _layers_that_fit(run_config, list(variants.values()), 2 if unfused else 1)
+        run_config = with_layers(run_config, layers)
+        variants = {words: with_layers(variant, layers) for words, variant in variants.items()}
     place = discover()
     if ranks > 1 and place.world_size > 1:
         raise UsageError(
@@ -109,13 +125,15 @@ def train(
             "steps": steps,
             "transformers": transformers,
             "nanogpt": str(nanogpt) if nanogpt else None,
+            "unfused": unfused,
         }
         result = call("megagpt.benchmark.train", "compare_on_rank", arguments, ranks=ranks, report=console.print)
     else:
         with joined(place, run_config.train) as (place, device):
             from megagpt.benchmark.train import Peers, compare
 
-            result = compare(run_config, steps, device, Peers(transformers, nanogpt, variants), console.print)
+            peers = Peers(transformers, nanogpt, unfused, variants)
+            result = compare(run_config, steps, device, peers, console.print)
     if place.rank:
         return
     if result["mfu"]:
@@ -333,6 +351,12 @@ def generate(
         report=console.print,
     )
     _write("generate", benchmark.run(models, _sizes(rows)), output)
+
+
+def _layers_that_fit(config: RunConfig, variants: Sequence[RunConfig], plain_loops: int) -> int:
+    if config.train.device == "cpu" or not torch.cuda.is_available():
+        raise UsageError("--fit-layers is for a GPU, and there is none here; say model.num_layers=N instead")
+    return most_layers(config, variants, plain_loops, torch.cuda.mem_get_info()[1])
 
 
 def _check_ranks(train: TrainConfig, ranks: int) -> None:

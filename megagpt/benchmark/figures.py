@@ -89,6 +89,8 @@ def _train(result: Result) -> Iterator[Figure]:
         yield Figure(f"{name}: speed", result["tokens_per_second"][name], "tokens/s")
     if result["mfu"]:
         yield Figure("MFU", result["mfu"], "%", scale=0.01)
+    for name, size in (result.get("step_bytes") or {}).items():
+        yield Figure(f"{name}: memory a token", size / result["tokens_per_micro_batch"], "kB", scale=1e3)
 
 
 def _generate(result: Result) -> Iterator[Figure]:

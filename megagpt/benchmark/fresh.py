@@ -1,4 +1,4 @@
-"""Functions called in new processes, alone or as the ranks of a gloo job: what a start costs, and memory, seen apart.
+"""Functions called in new processes, alone or as the ranks of a gloo job: costs of a start, memory, seen apart.
 
 A function takes its arguments as one mapping of JSON types and returns another; of a job, rank 0's is given back.
 Inside `joined` it is a rank of a process group.
@@ -20,6 +20,7 @@ from typing import Any, TextIO
 
 from megagpt.errors import UserError
 
+_RUN_TURNS = "from megagpt.benchmark.fresh import serve_turns; serve_turns({!r}, {!r})"
 _RUN = "from megagpt.benchmark.fresh import serve; serve({!r}, {!r}, {!r})"
 _SECONDS_BETWEEN_LOOKS = 0.05
 
@@ -74,6 +75,59 @@ def serve(module: str, function: str, result: str) -> None:
     value = getattr(importlib.import_module(module), function)(json.load(sys.stdin))
     if os.environ.get("RANK", "0") == "0":
         Path(result).write_text(json.dumps(value), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def turns(module: str, function: str, arguments: Mapping[str, Any], name: str) -> Iterator[Callable[[], None]]:
+    """A function that lives in a new process: `function` of `module` returns it, and each call here is one call there.
+
+    The process has a thread for each CPU that this one may use, and ends with the block. UserError: it failed, and its
+    last line is given, of the contender `name`.
+    """
+    place = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "DS_ACCELERATOR": "cpu"}
+    with tempfile.TemporaryDirectory(prefix="megagpt_benchmark_") as folder:
+        with open(Path(folder) / "output", "wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-c", _RUN_TURNS.format(module, function)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=output,
+                env={**os.environ, **place},
+                text=True,
+            )
+        assert process.stdin is not None
+        assert process.stdout is not None
+
+        def turn(word: str = "") -> None:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            with contextlib.suppress(BrokenPipeError):  # it says itself why it ended
+                process.stdin.write(f"{word}\n")
+                process.stdin.flush()
+            if not process.stdout.readline():
+                process.wait()
+                raise UserError(f"{name} failed: {_reason(Path(folder) / 'output', process)}")
+
+        try:
+            turn(json.dumps(arguments))
+            yield turn
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.close()
+
+
+def serve_turns(module: str, function: str) -> None:
+    """In the new process: answer each line on standard input with one when it is done; the first one has arguments."""
+    with os.fdopen(os.dup(1), "w") as answers:
+        os.dup2(2, 1)  # what anybody prints is no answer
+        run = getattr(importlib.import_module(module), function)(json.loads(sys.stdin.readline()))
+        print(file=answers, flush=True)
+        for _ in sys.stdin:
+            run()
+            print(file=answers, flush=True)
 
 
 @contextlib.contextmanager
@@ -157,7 +211,7 @@ def _pass_on(lines: TextIO, report: Callable[[str], None] | None) -> None:
         report(line.rstrip("\n"))
 
 
-def _reason(output: Path, process: "subprocess.Popen[bytes]") -> str:
+def _reason(output: Path, process: "subprocess.Popen[Any]") -> str:
     lines = output.read_bytes().decode(errors="replace").strip().splitlines()
     if process.returncode < 0:
         return f"ended by {signal.Signals(-process.returncode).name}; it may need more memory than there is"

@@ -6,6 +6,7 @@ command, is not measured again.
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -37,7 +38,7 @@ class Entry:
 
     def arguments(self, nanogpt: Path | None = None) -> list[str]:
         """The words, with nanoGPT's model.py if that is given and takes part."""
-        return [*self.words.split(), *(["--nanogpt", str(nanogpt)] if nanogpt and self.nanogpt else [])]
+        return [*shlex.split(self.words), *(["--nanogpt", str(nanogpt)] if nanogpt and self.nanogpt else [])]
 
 
 _SMALL_STEP = {
@@ -60,6 +61,10 @@ _TWO_WORKERS = {
 }
 _ONE_ROW = "train.global_batch_size=1 train.micro_batch_size=1"
 _LEVERS = "--against train.compile=false --against model.vocab_multiple_of=128 --against parallel.zero_stage=0"
+_GPU_124M = "train configs/gpt2_124m.yaml train.global_batch_size=32 train.micro_batch_size=32"
+_CHECKPOINTED = "train.activation_checkpointing=true"
+_GPU_STEP = {"speedup over plain": Target(1.2, "x", at_least=True), "MFU": Target(0.5, "%", at_least=True, scale=0.01)}
+_GPU_MFU = {"MFU": Target(0.55, "%", at_least=True, scale=0.01)}
 
 CPU = (
     Entry("train_small", "Training step, small model", "train configs/small.yaml --steps 6 --transformers",
@@ -84,18 +89,25 @@ CPU = (
 """What a machine without a GPU measures."""
 
 GPU = (
-    Entry("gpu_train_124m", "Training step on a GPU, GPT-2 124M", "train configs/gpt2_124m.yaml "
-          f"train.global_batch_size=32 train.micro_batch_size=32 --steps 20 {_LEVERS}"),
-    Entry("gpu_attention", "Kernels of attention on a GPU, GPT-2 124M", "train configs/gpt2_124m.yaml "
-          "train.global_batch_size=32 train.micro_batch_size=32 --steps 20 --against train.attention_kernel=flash "
-          "--against train.attention_kernel=cudnn --against train.attention_kernel=efficient"),
+    Entry("gpu_train_124m", "Training step on a GPU, GPT-2 124M", f"{_GPU_124M} --steps 20 --unfused {_LEVERS}",
+          nanogpt=True, targets=_GPU_STEP),
+    Entry("gpu_attention", "Kernels of attention on a GPU, GPT-2 124M", f"{_GPU_124M} --steps 20 "
+          "--against train.attention_kernel=flash --against train.attention_kernel=cudnn "
+          "--against train.attention_kernel=efficient"),
+    Entry("gpu_compile_model", "The whole model compiled as one on a GPU, GPT-2 124M", f"{_GPU_124M} --steps 20 "
+          "--against train.compile_scope=model"),
+    Entry("gpu_deepcompile", "DeepCompile on a GPU, GPT-2 124M", f"{_GPU_124M} parallel.zero_stage=2 "
+          "--steps 20 --against train.compile_scope=deepcompile"),
+    Entry("gpu_checkpointing", "Activation checkpointing on a GPU, GPT-2 124M", f"{_GPU_124M} --steps 20 "
+          f"--against {_CHECKPOINTED} --against '{_CHECKPOINTED} train.activation_checkpointing_every=2' "
+          f"--against '{_CHECKPOINTED} train.activation_checkpointing_every=4'"),
     Entry("gpu_loss", "Output head and loss on a GPU, GPT-2 124M", "loss configs/gpt2_124m.yaml --tokens 32768 "
           "--repeats 20"),
     Entry("gpu_train_1_3b", "Training step on a GPU, GPT-3 1.3B", "train configs/gpt3_1.3b.yaml "
-          "train.global_batch_size=8 train.micro_batch_size=8 --steps 10 "
-          "--against train.activation_checkpointing=true"),
-    Entry("gpu_train_8b_8_layers", "Training step on a GPU, 8 layers of Llama 8B", "train configs/llama_8b.yaml "
-          "model.num_layers=8 data.seq_len=4096 train.global_batch_size=4 train.micro_batch_size=4 --steps 10"),
+          "train.global_batch_size=4 train.micro_batch_size=4 --steps 10", targets=_GPU_MFU),
+    Entry("gpu_train_8b", "Training step on a GPU, as many layers of Llama 8B as fit", "train configs/llama_8b.yaml "
+          "data.seq_len=4096 train.global_batch_size=2 train.micro_batch_size=2 --steps 10 --fit-layers",
+          targets=_GPU_MFU),
     Entry("gpu_generate", "Sampling on a GPU", "generate --rows 1,8,64", nanogpt=True),
     Entry("gpu_data", "Reading datasets on a GPU's machine", "data"),
     Entry("gpu_checkpoint", "Checkpoints on a GPU's machine", "checkpoint"),
@@ -118,7 +130,7 @@ def run_suite(
         if not fresh and (date := date_measured(output, arguments)):
             report(f"{place}: kept, measured {date}")
             continue
-        report(f"{place}: tools.benchmark {' '.join(arguments)}")
+        report(f"{place}: tools.benchmark {shlex.join(arguments)}")
         if problem := _measure(arguments, output):
             report(f"{place}: FAILED: {problem}")
             failed.append(entry.name)

@@ -237,11 +237,16 @@ class TrainConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63)
     """Seed of initial weights, sample order and dropout."""
     compile: bool = True
-    """Whether to compile the model's blocks and loss with torch.compile; at parallel.zero_stage 3 the loss only."""
+    """Whether to compile the model with torch.compile, see compile_scope."""
+    compile_scope: Literal["block", "model", "deepcompile"] = "block"
+    """What is compiled as one: a block, for all of them, and the loss (at parallel.zero_stage 3 the loss only); or the
+    whole model, which takes minutes (stages 0 to 2); or that with DeepSpeed's DeepCompile (GPUs, stages 2 and 3)."""
     attention_kernel: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
     """Which of SDPA's kernels computes attention; auto: torch's choice, on CPUs in bf16 products of strips."""
     activation_checkpointing: bool = False
     """Whether blocks recompute their activations in backward: about a third more compute for much less memory."""
+    activation_checkpointing_every: int = Field(1, gt=0)
+    """With activation_checkpointing, of so many consecutive blocks the first recomputes; 1: all do."""
     init_from: str | None = Field(None, min_length=1)
     """Run folder, checkpoint or export whose weights a new run starts from; null: random weights."""
     deterministic: bool = False
@@ -279,6 +284,20 @@ class TrainConfig(Section):
                 f"{micro_batch_size} does not divide train.global_batch_size {global_batch_size}; choose {choices}"
             )
         return micro_batch_size
+
+    @field_validator("compile_scope")
+    @classmethod
+    def _check_compile_scope(cls, scope: str, info: ValidationInfo) -> str:
+        if scope != "block" and info.data.get("compile") is False:
+            raise ValueError("is a part of train.compile; set that to true, or this to block")
+        return scope
+
+    @field_validator("activation_checkpointing_every")
+    @classmethod
+    def _check_checkpointing_every(cls, every: int, info: ValidationInfo) -> int:
+        if every > 1 and info.data.get("activation_checkpointing") is False:
+            raise ValueError("is a part of train.activation_checkpointing; set that to true, or this to 1")
+        return every
 
     @field_validator("rampup_increment")
     @classmethod
@@ -468,6 +487,20 @@ class RunConfig(Section):
                 "muon multiplies matrices, too slow on the host of parallel.offload_optimizer; "
                 "turn that off, or choose adamw",
             )
+        return parallel
+
+    @field_validator("parallel")
+    @classmethod
+    def _check_compile_scope(cls, parallel: ParallelConfig, info: ValidationInfo) -> ParallelConfig:
+        train = info.data.get("train")
+        if train and train.compile_scope == "model" and parallel.zero_stage == 3:
+            raise _problem(
+                "train.compile_scope",
+                "model needs whole weights, but parallel.zero_stage 3 gives every rank a part of each; choose block or "
+                "deepcompile, or stage 0, 1 or 2",
+            )
+        if train and train.compile_scope == "deepcompile" and parallel.zero_stage < 2:
+            raise _problem("train.compile_scope", "deepcompile is for parallel.zero_stage 2 and 3; choose one of them")
         return parallel
 
     @field_validator("optimizer")

@@ -5,7 +5,7 @@ Nothing here knows DeepSpeed, process groups or configuration files.
 
 from megagpt.model.attention import missing_for_flex_attention
 from megagpt.model.counts import flops_per_token, parameter_count
-from megagpt.model.gpt import GPT, compile_attention, compile_blocks, compile_loss, use_flex_attention
+from megagpt.model.gpt import GPT, compile_attention, compile_blocks, compile_loss, compile_model, use_flex_attention
 from megagpt.model.init import initialize_weights, learning_rate_scale, parameter_kind, stacked_heights
 from megagpt.model.loss import IGNORE_INDEX
 
@@ -15,6 +15,7 @@ __all__ = [
     "compile_attention",
     "compile_blocks",
     "compile_loss",
+    "compile_model",
     "flops_per_token",
     "initialize_weights",
     "learning_rate_scale",

@@ -75,10 +75,13 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The whole model. Its weights are arbitrary until `initialize_weights` or `load_state_dict`."""
 
-    def __init__(self, config: ModelConfig, activation_checkpointing: bool = False) -> None:
+    def __init__(
+        self, config: ModelConfig, activation_checkpointing: bool = False, checkpointing_every: int = 1
+    ) -> None:
+        """activation_checkpointing: in training, of checkpointing_every blocks the first recomputes its activations."""
         super().__init__()
         self.config = config
-        self.activation_checkpointing = activation_checkpointing
+        self.activation_checkpointing, self.checkpointing_every = activation_checkpointing, checkpointing_every
         self.loss_kernels = EAGER_KERNELS
         self.output_kernel: Callable[[Tensor, Tensor], Tensor] = F.linear
         self.flex_attention = False
@@ -123,7 +126,8 @@ class GPT(nn.Module):
         rotary = self._rotary_tables(positions)
         hidden_states = self.dropout(self._embed(input_ids, positions))
         for index, block in enumerate(self.blocks):
-            if self.activation_checkpointing and self.training and cache is None:
+            recomputes = self.activation_checkpointing and index % self.checkpointing_every == 0
+            if recomputes and self.training and cache is None:
                 hidden_states = checkpoint(block, hidden_states, rotary, mask, use_reentrant=False)
             else:
                 hidden_states = block(hidden_states, rotary, mask, None if cache is None else cache.layers[index])
@@ -158,6 +162,11 @@ def compile_blocks(model: GPT) -> None:
     """Compile the block in place at its first use, once for all layers."""
     for block in model.blocks:
         block.compile()
+
+
+def compile_model(model: GPT) -> None:
+    """Compile all that `forward` does, the loss too, as one graph at its first use, but not the module's hooks."""
+    model.forward = torch.compile(model.forward, fullgraph=True)  # type: ignore[method-assign]
 
 
 def compile_attention(model: GPT) -> None:

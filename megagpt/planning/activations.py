@@ -35,7 +35,9 @@ class Activations:
     loss: int
     """Gradients of the last hidden states and of the head's weight (fp32), which forward computes."""
     recomputed: int
-    """Of the three layer types what a block computes anew for its backward, with checkpointing."""
+    """What a block computes anew for its backward, with checkpointing."""
+    recomputed_last: int
+    """The same of the last block, if it does: in the sizes of the three layer types, but not kept from forward."""
     forward_moment: int
     """What the loss takes while it is computed: logits and a product."""
     loss_backward_moment: int
@@ -46,7 +48,7 @@ class Activations:
     @property
     def saved(self) -> int:
         """Kept from forward to backward."""
-        layers = self.norms + self.attention + self.feedforward - self.recomputed
+        layers = self.norms + self.attention + self.feedforward - self.recomputed_last
         return self.embedding + layers + self.checkpoints + self.loss
 
 
@@ -64,8 +66,10 @@ def activations(model: ModelConfig, layout: Layout, kernels: Kernels = "cuda") -
     )
     attention = _attention(model, tokens, size) + residual_mask
     feedforward = _feedforward(model, layout, compiled) + residual_mask
-    blocks, checkpointed = model.num_layers, layout.checkpointing == "full"
-    alive = 1 if checkpointed else blocks
+    checkpointed = layout.checkpointed_blocks(model.num_layers)
+    # Backward begins with the last block; what it computes anew comes on top of what the others have kept.
+    last_anew = checkpointed > layout.checkpointed_blocks(model.num_layers - 1)
+    alive = model.num_layers - checkpointed + last_anew
     block = norms + attention + feedforward
     head = model.padded_vocab_size * hidden
     chunk_tokens = min(chunk_tokens_of(model.padded_vocab_size, kernels), tokens)
@@ -79,9 +83,10 @@ def activations(model: ModelConfig, layout: Layout, kernels: Kernels = "cuda") -
         norms=alive * norms + _norm(model, layout, kernels, fused=False),
         attention=alive * attention,
         feedforward=alive * feedforward,
-        checkpoints=blocks * stream if checkpointed else 0,
+        checkpoints=checkpointed * stream,
         loss=size * tokens * hidden + (_FP32 if summed else size) * head,
         recomputed=block if checkpointed else 0,
+        recomputed_last=block if last_anew else 0,
         forward_moment=size * (chunk + head * (summed + (weight_size != size)))
         + (0 if layout.compile else _EAGER_LOSS * _FP32 * chunk),
         loss_backward_moment=stream + (weight_size + (0 if layout.compile else _FP32)) * head,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Checkpointing = Literal["none", "selective", "full"]
-"""What backward computes anew: nothing, attention's scores, or every block (train.activation_checkpointing)."""
+"""What backward computes anew: nothing, attention's scores, or blocks (train.activation_checkpointing)."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Layout:
     shard_gpus: int | None = None
     """Ranks that share one copy of what ZeRO shards; None: all data-parallel ranks."""
     checkpointing: Checkpointing = "none"
+    checkpointing_every: int = 1
+    """With "full", of so many consecutive blocks the first is computed anew."""
     offload_optimizer: bool = False
     offload_parameters: bool = False
     precision: Literal["bf16", "fp16", "fp32", "fp8"] = "bf16"
@@ -51,6 +53,10 @@ class Layout:
     def data_parallel(self) -> int:
         """Number of replicas."""
         return self.gpus // (self.tensor * self.pipeline * self.context)
+
+    def checkpointed_blocks(self, blocks: int) -> int:
+        """How many of the first `blocks` ones backward computes anew."""
+        return -(-blocks // self.checkpointing_every) if self.checkpointing == "full" else 0
 
     @property
     def micro_steps(self) -> int:

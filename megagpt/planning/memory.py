@@ -55,7 +55,7 @@ class MemoryParts:
     norms: int
     embedding: int
     checkpoints: int
-    """Inputs of the blocks, with checkpointing; the layers' parts are then those of one block."""
+    """Inputs of the blocks that are computed anew; the layers' parts are then those of the others, and of the last."""
     loss: int
     """Gradients that the loss computes in forward, logits of a chunk of tokens, and what comes between."""
     gathered: int
@@ -132,7 +132,7 @@ def _moments(state: States, kept: Activations, buckets: Buckets, gathered: int, 
     always = state.weights + state.optimizer + (buckets.kept if buckets.always else 0)
     in_backward = 0 if buckets.always else buckets.kept
     before = always + state.gradients_before + copies + gathered
-    first_block = before + in_backward + kept.saved - kept.loss + kept.recomputed + kept.block_backward_moment
+    first_block = before + in_backward + kept.saved - kept.loss + kept.recomputed_last + kept.block_backward_moment
     all_gradients = always + in_backward + copies + gathered + state.gradients + state.backward
     last_block = all_gradients + kept.embedding + kept.recomputed + kept.block_backward_moment
     return {

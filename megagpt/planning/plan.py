@@ -132,6 +132,7 @@ def run_layout(config: RunConfig, gpus: int, gpus_per_node: int) -> Layout:
         zero_stage=config.parallel.zero_stage,
         shard_gpus=group if isinstance(group, int) and group > 1 and config.parallel.zero_stage == 3 else None,
         checkpointing="full" if config.train.activation_checkpointing else "none",
+        checkpointing_every=config.train.activation_checkpointing_every,
         offload_optimizer=config.parallel.offload_optimizer,
         offload_parameters=config.parallel.offload_parameters,
         precision=config.train.precision,

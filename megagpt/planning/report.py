@@ -12,6 +12,7 @@ import jinja2
 
 from megagpt.data.atomic import replace_file
 from megagpt.errors import UserError
+from megagpt.planning.layout import Layout
 from megagpt.planning.memory import FRAGMENTATION, OUTSIDE_ALLOCATOR_BYTES
 from megagpt.planning.pictures import draw_curves, draw_memory, draw_time
 from megagpt.planning.plan import Plan, usable_micro_batch
@@ -101,7 +102,8 @@ def layout_text(plan: Plan) -> str:
         f"micro-batch {layout.micro_batch} x {layout.micro_steps} accumulated",
     ]
     if layout.checkpointing == "full":
-        words.append("activation checkpointing")
+        every = layout.checkpointing_every
+        words.append(f"activation checkpointing{f' of one block in {every}' if every > 1 else ''}")
     offloaded = [name for name in ("optimizer", "parameters") if getattr(layout, f"offload_{name}")]
     if offloaded:
         words.append(f"{' and '.join(offloaded)} offloaded")
@@ -119,7 +121,7 @@ def option_rows(options: Sequence[Option]) -> list[list[str]]:
         [
             str(option.layout.zero_stage),
             str(option.layout.micro_batch),
-            "yes" if option.layout.checkpointing == "full" else "no",
+            _checkpointing_text(option.layout),
             " + ".join(name for name in ("optimizer", "parameters") if getattr(option.layout, f"offload_{name}"))
             or "no",
             str(option.layout.shard_gpus or "all"),
@@ -267,6 +269,12 @@ def _run(plan: Plan) -> list[tuple[str, str]]:
 
 def _failures(plan: Plan) -> float:
     return plan.reliability.failures(plan.training_seconds)
+
+
+def _checkpointing_text(layout: Layout) -> str:
+    if layout.checkpointing != "full":
+        return "no"
+    return "yes" if layout.checkpointing_every == 1 else f"1 in {layout.checkpointing_every}"
 
 
 def _percent(share: float | None) -> str:

@@ -21,6 +21,7 @@ from megagpt.planning.time import StepTime
 
 MOST_GPUS = 2**17
 """Up to which clusters are tried."""
+_CHECKPOINTED_ONE_IN = (1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Option:
             f"parallel.zero_stage={layout.zero_stage}",
             f"train.micro_batch_size={layout.micro_batch}",
             f"train.activation_checkpointing={str(layout.checkpointing == 'full').lower()}",
+            f"train.activation_checkpointing_every={layout.checkpointing_every}",
             f"parallel.offload_optimizer={str(layout.offload_optimizer).lower()}",
             f"parallel.offload_parameters={str(layout.offload_parameters).lower()}",
         ]
@@ -146,10 +148,10 @@ def _point(config: RunConfig, machine: Machine, gpus: int, batch: int) -> CurveP
 def _kinds(config: RunConfig, base: Layout) -> Iterator[Layout]:
     """Layouts of one micro-batch: whatever the configuration's optimizer allows."""
     is_muon = config.optimizer.name == "muon"
-    ways: tuple[Checkpointing, ...] = ("none", "full")
-    for stage, checkpointing in itertools.product(range(3 if is_muon else 4), ways):
-        layout = replace(base, zero_stage=stage, checkpointing=checkpointing, micro_batch=1, shard_gpus=None,
-                         offload_optimizer=False, offload_parameters=False)  # fmt: skip
+    ways: list[tuple[Checkpointing, int]] = [("none", 1), *(("full", every) for every in _CHECKPOINTED_ONE_IN)]
+    for stage, (checkpointing, every) in itertools.product(range(3 if is_muon else 4), ways):
+        layout = replace(base, zero_stage=stage, checkpointing=checkpointing, checkpointing_every=every, micro_batch=1,
+                         shard_gpus=None, offload_optimizer=False, offload_parameters=False)  # fmt: skip
         yield layout
         if stage and not is_muon:
             yield replace(layout, offload_optimizer=True)

@@ -160,17 +160,22 @@ class _Predictor:
 
     def _recompute(self, matmul: float, attention: float, elementwise: float) -> float:
         if self._layout.checkpointing == "full":
-            return matmul + attention + elementwise
+            return self._recomputed_share * (matmul + attention + elementwise)
         if self._layout.checkpointing == "selective" and not self._layout.flash_attention:
             return attention
         return 0.0
+
+    @property
+    def _recomputed_share(self) -> float:
+        """Of the model's blocks."""
+        return self._layout.checkpointed_blocks(self._model.num_layers) / self._model.num_layers
 
     def _tensor_parallel(self) -> float:
         """Two all-reduces of the hidden states in each block's forward, two in backward, two in what is recomputed."""
         layout = self._layout
         bandwidth = ring_bandwidth(self._cluster, self._efficiency, layout.tensor, layout.gpus_per_node)
         nbytes = work.tokens(layout) * self._model.hidden_size * self._bytes
-        passes = 3 if layout.checkpointing == "full" else 2
+        passes = 2 + self._recomputed_share
         return self._layers * passes * 2 * 2 * ring_seconds(nbytes, layout.tensor, bandwidth)
 
     def _data_parallel(self, micro_step: float) -> tuple[float, float]:

@@ -35,12 +35,13 @@ from megagpt.data.loader import Batch
 from megagpt.data.samples import IGNORE_INDEX
 from megagpt.errors import UsageError, UserError
 from megagpt.model.attention import missing_for_flex_attention, missing_for_sdpa_kernel
-from megagpt.model.compiling import missing_for_compile
-from megagpt.model.gpt import GPT, compile_attention, compile_blocks, compile_loss, use_sdpa_kernel
+from megagpt.model.compiling import missing_for_compile, missing_for_deepcompile
+from megagpt.model.gpt import GPT, compile_attention, compile_blocks, compile_loss, compile_model, use_sdpa_kernel
 from megagpt.model.init import initialize_weights, learning_rate_scale, parameter_kind, stacked_heights
 from megagpt.training.checkpoint import SHARDS
 from megagpt.training.control import PATIENCE
 from megagpt.training.flat_gradients import keep_gradients_flat
+from megagpt.training.host_memory import keep_freed_memory
 from megagpt.training.host_syncs import decided_on_device
 from megagpt.training.initial_weights import InitialWeights, copy_master_weights, copy_weights
 from megagpt.training.optimizer import apply_settings, build_optimizer, parameter_groups
@@ -66,6 +67,7 @@ _OWNED_OPTIONS = {
     "fp16.enabled": "train.precision",
     "torch_autocast": "train.precision",
     "data_types": "train.precision: gradients are always accumulated in fp32",
+    "compile.deepcompile": "train.compile_scope",
 }
 
 
@@ -101,6 +103,8 @@ def deepspeed_options(
         # With offload, torch's fused CPU AdamW steps: nothing to compile, and the same arithmetic as without offload.
         "zero_force_ds_cpu_optimizer": False,
     }
+    if config.train.compile_scope == "deepcompile":
+        options["compile"] = {"deepcompile": True}
     if precision != "fp32":
         if parallel.zero_stage == 0:
             options["torch_autocast"] = {"enabled": True, "dtype": _AUTOCAST_DTYPES[precision]}
@@ -124,9 +128,13 @@ class Engine:
         initial_weights: InitialWeights | None = None,
     ) -> None:
         """initial_weights: what a new run starts from; None: random weights."""
+        if device.type == "cpu":
+            keep_freed_memory()
         self.config = config
         self.device = device
         self.micro_batch_size = micro_batch_size
+        if config.train.compile_scope == "deepcompile" and (missing := missing_for_deepcompile(device)):
+            raise UsageError(f"train.compile_scope deepcompile: needs {missing}; choose block or model")
         self.options = deepspeed_options(config, micro_batch_size, gradient_accumulation_steps, device)
         self.zero_stage = int(self.options["zero_optimization"]["stage"])
         # DeepSpeed keeps this for the whole process: after an engine with autocast, one with fp16 weights never steps.
@@ -163,19 +171,7 @@ class Engine:
         if self._on_device:
             optimizer.register_step_pre_hook(self._skip_if_not_finite)
         if config.train.compile:
-            if missing := missing_for_compile():
-                logger.warning("training uncompiled, which is slower: torch.compile needs %s", missing)
-            else:
-                compile_loss(self._engine.module)
-                if config.data.document_mask and device.type == "cuda":
-                    if missing := missing_for_flex_attention(config.model, device):
-                        logger.warning("masking documents by seq_len^2 masks: FlexAttention needs %s", missing)
-                    else:
-                        compile_attention(self._engine.module)
-                # At stage 3 DeepSpeed's hooks gather weights before every submodule: each would break the block's
-                # graph and, with guards of their own, compile it anew until torch gives up.
-                if self.zero_stage < 3:
-                    compile_blocks(self._engine.module)
+            self._compile()
 
     @property
     def module(self) -> GPT:
@@ -299,17 +295,41 @@ class Engine:
         self._engine.destroy()
 
     def _build_model(self, weights: InitialWeights | None) -> GPT:
-        seed, checkpointing = self.config.train.seed, self.config.train.activation_checkpointing
+        train = self.config.train
+        build = partial(GPT, self.config.model, train.activation_checkpointing, train.activation_checkpointing_every)
         if self.zero_stage < 3:
-            model = GPT(self.config.model, activation_checkpointing=checkpointing)
-            copy_weights(model, weights) if weights else initialize_weights(model, seed)
+            model = build()
+            copy_weights(model, weights) if weights else initialize_weights(model, train.seed)
             return model.to(self.device)
         # Each layer is sharded as it is made: no rank ever holds the whole model. The dtype comes from the options; a
         # dtype argument would be ignored on a CPU, where DeepSpeed 0.19 takes bf16 instead.
         with deepspeed.zero.Init(config_dict_or_path=self.options):
-            model = GPT(self.config.model, activation_checkpointing=checkpointing)
-        copy_weights(model, weights, _gathered) if weights else initialize_weights(model, seed, _gathered)
+            model = build()
+        copy_weights(model, weights, _gathered) if weights else initialize_weights(model, train.seed, _gathered)
         return model
+
+    def _compile(self) -> None:
+        config = self.config
+        if missing := missing_for_compile():
+            logger.warning("training uncompiled, which is slower: torch.compile needs %s", missing)
+            return
+        if config.data.document_mask and self.device.type == "cuda":
+            if missing := missing_for_flex_attention(config.model, self.device):
+                logger.warning("masking documents by seq_len^2 masks: FlexAttention needs %s", missing)
+            else:
+                compile_attention(self.module)
+        if config.train.compile_scope == "model":
+            compile_model(self.module)
+        elif config.train.compile_scope == "deepcompile":
+            # As one graph, or not at all: only such gradients are reduced as the graph itself computes.
+            with deepspeed_output_to_log():
+                self._engine.compile(compile_kwargs={"fullgraph": True})
+        else:
+            compile_loss(self.module)
+            # At stage 3 DeepSpeed's hooks gather weights before every submodule: each would break the block's graph
+            # and, with guards of their own, compile it anew until torch gives up.
+            if self.zero_stage < 3:
+                compile_blocks(self.module)
 
     def _choose_attention(self, kernel: str) -> None:
         config, dtype = self.config, _DTYPES[self.config.train.precision]

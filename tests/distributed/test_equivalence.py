@@ -94,13 +94,15 @@ def test_gradients_of_many_bf16_micro_batches_are_summed_in_fp32(zero_stage, two
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("zero_stage", [2, 3])
-def test_compiled_and_offloaded_and_checkpointed_runs_train_alike(zero_stage, one_rank, corpus, tmp_path, reference):
+@pytest.mark.parametrize(("zero_stage", "scope"), [(2, "block"), (3, "block"), (2, "model")])
+def test_compiled_and_offloaded_and_checkpointed_runs_train_alike(
+    zero_stage, scope, one_rank, corpus, tmp_path, reference
+):
     config = tiny_config(
         corpus,
         tmp_path / "run",
         parallel={"zero_stage": zero_stage, "offload_optimizer": True},
-        train={"compile": True, "activation_checkpointing": True},
+        train={"compile": True, "compile_scope": scope, "activation_checkpointing": True},
     )
     found = losses(one_rank.run(train_and_report, config, timeout=500)[0])  # a C++ compiler is at work
     assert found == pytest.approx(reference, abs=1e-5)

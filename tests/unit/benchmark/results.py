@@ -30,18 +30,24 @@ def ratio(median: float) -> dict[str, float]:
     return {"median": median, "min": median - 0.25, "max": median + 0.25}
 
 
+_STEP_SECONDS = {"megagpt": 2.0, "plain": 3.0, "nanogpt": 10.0, "nanogpt, compiled": 2.5}
+
+
 def _train() -> dict[str, Any]:
-    seconds = {"megagpt": 2.0, "plain": 3.0, "nanogpt": 10.0, "nanogpt, compiled": 2.5}
+    seconds = _STEP_SECONDS
     return {
         "ranks": 1,
         "steps": 7,
+        "num_layers": 6,
         "tokens_per_step": 8192,
+        "tokens_per_micro_batch": 4096,
         "precision": "bf16",
         "first_step_seconds": seconds,
         "step_seconds": seconds,
         "tokens_per_second": {name: 8192 / one for name, one in seconds.items()},
         "model_flops_per_second": 1e12,
         "mfu": None,
+        "step_bytes": None,
         "parts_seconds": {"matrix products": 1.25, "AdamW": 0.75},
         "speedup_over": {name: ratio(one / 2) for name, one in seconds.items() if name != "megagpt"},
     }
@@ -173,7 +179,8 @@ def measurement(entry: Entry, **changes: Any) -> dict[str, Any]:
         "revision": {"commit": "abc1234", "changed": False},
         "machine": MACHINE,
     }
-    return {**head, **make(), **changes}
+    on_gpu = {"mfu": 0.53, "parts_seconds": None, "step_bytes": dict.fromkeys(_STEP_SECONDS, 123.25 * 4096000.0)}
+    return {**head, **make(), **(on_gpu if entry in GPU and benchmark == "train" else {}), **changes}
 
 
 def write_all(folder: Path) -> None:

@@ -85,6 +85,8 @@ def test_a_section_tells_where_its_machine_and_revision_are_others(folder: Path)
     on_gpu = section(page, ENTRIES["gpu_train_124m"].title)
     assert "8 x NVIDIA H100 with 80 GiB, driver 555.1, CUDA 12.8" in on_gpu
     assert "its cuda at 654,321 GFLOP/s in products of bf16 matrices and 2,345 GB/s from memory" in on_gpu
+    assert "| this project | 2 | 4,096 |  | 123 |\n" in on_gpu
+    assert "MFU 53% with 6 layers: of the device's dense bf16 peak" in on_gpu
     assert "Measured on 2026-05-06; at revision def5678 with uncommitted changes." in section(page, "Reading datasets")
     assert "At a revision that is not known." in section(page, "Checkpoints")
     assert "abc1234" not in section(page, "Sampling"), "it is in the head"

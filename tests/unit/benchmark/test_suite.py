@@ -41,7 +41,7 @@ def test_every_measurement_is_a_command_line_that_works(entry: Entry, tmp_path: 
     if command in ("train", "growth"):
         end = next((number for number, word in enumerate(words) if word.startswith("--")), len(words))
         changes = [word for option, word in itertools.pairwise(words) if option == "--against"]
-        for more in ([], *([change] for change in changes)):
+        for more in ([], *(change.split() for change in changes)):
             load_config(words[0], [*words[1:end], *more])
 
 

@@ -8,16 +8,18 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import MagicMock, patch
 
 import psutil
 import pytest
 import torch
+import yaml
 
 from megagpt.benchmark import train as benchmark
+from megagpt.benchmark.fresh import turns
 from megagpt.config.schema import RunConfig
 from megagpt.data.loader import Batch
-from megagpt.errors import UsageError
+from megagpt.errors import UsageError, UserError
 from megagpt.training.engine import Engine
 from megagpt.training.step import StepResult
 from tests.distributed.ranks import Ranks
@@ -34,12 +36,12 @@ def test_a_step_is_compared_with_the_plain_loop_and_transformers(tmp_path: Path)
     config, output = tmp_path / "tiny.yaml", tmp_path / "out.json"
     config.write_text(TINY)
     command = [sys.executable, "-m", "tools.benchmark", "train", str(config), "--steps", "3", "--transformers"]
-    command += ["--against", "parallel.zero_stage=2 optimizer.grad_clip=0"]
+    command += ["--against", "parallel.zero_stage=2 optimizer.grad_clip=0", "--unfused"]
     done = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     result = json.loads(output.read_text())
     variant = "parallel.zero_stage=2 optimizer.grad_clip=0"
-    names = {"megagpt", "plain", "transformers", "transformers, compiled", variant}
+    names = {"megagpt", "plain", "plain, unfused AdamW", "transformers", "transformers, compiled", variant}
     assert set(result["step_seconds"]) == names
     assert set(result["speedup_over"]) == names - {"megagpt"}
     assert result["tokens_per_step"] == 4 * 32
@@ -78,16 +80,15 @@ def test_two_ranks_are_compared_with_one_process_that_has_all_cpus(tmp_path: Pat
     assert steps == ["step 0", "step 1", "step 2"]
 
 
-def test_ranks_share_the_batch_and_only_rank_0_runs_the_plain_loop_with_a_thread_for_each_cpu():
+def test_ranks_share_the_batch_and_only_rank_0_runs_the_plain_loop():
     ranks = Ranks(2)
     try:
         first, second = ranks.run(_threads_while_comparing)
     finally:
         ranks.stop()
-    cpus = len(os.sched_getaffinity(0))
     # Two steps, one of which counts, and one that is profiled; of 4 sequences by micro-batches of 2, each rank has one.
-    assert first == {"engine": [(1, 1)] * 3, "plain": [(2, cpus)] * 2, "after": 1}
-    assert second == {"engine": [(1, 1)] * 3, "plain": [], "after": 1}
+    assert first == {"engine": [(1, 1)] * 3, "plain": 2}
+    assert second == {"engine": [(1, 1)] * 3, "plain": 0}
 
 
 def _threads_while_comparing() -> dict[str, object]:
@@ -99,19 +100,57 @@ def _threads_while_comparing() -> dict[str, object]:
             "train": {"device": "cpu", "compile": False, "global_batch_size": 4, "micro_batch_size": 2},
         }
     )
-    seen: dict[str, list[tuple[int, int]]] = {"engine": [], "plain": []}
-    step = benchmark.Engine.step
+    seen: list[tuple[int, int]] = []
+    step, plain = benchmark.Engine.step, MagicMock()
 
     def engine_step(engine: Engine, micro_batches: list[Batch], learning_rate: float) -> StepResult:
-        seen["engine"].append((len(micro_batches), torch.get_num_threads()))
+        seen.append((len(micro_batches), torch.get_num_threads()))
         return step(engine, micro_batches, learning_rate)
 
-    def plain(loops: benchmark._Loops) -> Callable[[], object]:
-        return lambda: seen["plain"].append((len(loops.micro_batches), torch.get_num_threads()))
-
-    with patch.object(benchmark.Engine, "step", engine_step), patch.object(benchmark._Loops, "plain", plain):
+    with patch.object(benchmark.Engine, "step", engine_step), patch.object(benchmark, "turns") as process:
+        process.return_value.__enter__.return_value = plain
         benchmark.compare(config, 1, torch.device("cpu"), benchmark.Peers(), lambda line: None)
-    return {**seen, "after": torch.get_num_threads()}
+    return {"engine": seen, "plain": plain.call_count}
+
+
+def test_a_loop_of_another_process_has_a_thread_for_each_cpu_and_prints_nothing_between_its_answers(tmp_path: Path):
+    notes = tmp_path / "notes"
+    with turns(__name__, "_noting_threads", {"file": str(notes)}, "plain") as turn:
+        turn()
+        turn()
+        assert notes.read_text() == f"{len(os.sched_getaffinity(0))}\n" * 2
+
+
+def _noting_threads(arguments: dict[str, str]) -> Callable[[], None]:
+    def note() -> None:
+        print("not an answer", flush=True)
+        with open(arguments["file"], "a", encoding="ascii") as notes:
+            notes.write(f"{torch.get_num_threads()}\n")
+
+    return note
+
+
+def test_a_loop_that_fails_in_its_process_says_why():
+    with (
+        turns(__name__, "_failing", {"words": "no such tensor"}, "nanogpt") as turn,
+        pytest.raises(UserError, match=r"^nanogpt failed: RuntimeError: no such tensor$"),
+    ):
+        turn()
+
+
+def _failing(arguments: dict[str, str]) -> Callable[[], None]:
+    def fail() -> None:
+        raise RuntimeError(arguments["words"])
+
+    return fail
+
+
+@pytest.mark.parametrize("how", ["plain", "plain, unfused AdamW", "transformers", "transformers, compiled"])
+def test_every_loop_in_plain_torch_lowers_the_loss_of_its_batch(how: str):
+    config = RunConfig.model_validate(yaml.safe_load(TINY)).model_dump(mode="json")
+    step = benchmark.loop_of({"config": config, "name": how, "nanogpt": None})
+    losses = [step() for _ in range(5)]
+    assert losses == sorted(losses, reverse=True)
 
 
 def test_an_interrupt_ends_all_ranks(tmp_path: Path):

@@ -26,7 +26,7 @@ SINUSOIDAL = GPT2.model_copy(update={"position": "sinusoidal", "activation": "ge
 FAMILIES = {"gpt2": GPT2, "llama": LLAMA, "sinusoidal": SINUSOIDAL}
 
 
-def build(config: ModelConfig, seed: int = 0, **options: bool) -> GPT:
+def build(config: ModelConfig, seed: int = 0, **options: int) -> GPT:
     """A model in which everything matters: weights and biases random, norms not 1."""
     model = GPT(config, **options)
     initialize_weights(model, seed)

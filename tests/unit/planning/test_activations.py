@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from megagpt.config import ModelConfig
 from megagpt.model import GPT
-from megagpt.planning.activations import activations, weight_copies
+from megagpt.planning.activations import Activations, activations, weight_copies
 from megagpt.planning.layout import Layout
 from tests.unit.model.configs import GPT2, LLAMA, SINUSOIDAL
 
@@ -34,7 +34,7 @@ def compiled_anew(monkeypatch) -> None:
 
 def saved_bytes(config: ModelConfig, layout: Layout) -> int:
     """Bytes of the storages, parameters aside, that a forward pass under `layout` saves."""
-    model = GPT(config, activation_checkpointing=layout.checkpointing == "full").train()
+    model = GPT(config, layout.checkpointing == "full", layout.checkpointing_every).train()
     mixed = layout.zero_stage == 0 and layout.precision == "bf16"
     if not mixed and layout.precision == "bf16":
         model.to(torch.bfloat16)
@@ -91,6 +91,23 @@ def test_with_checkpointing_the_inputs_of_the_blocks_remain(name):
     # The checkpoints hold the rotary tables where the hooks do not see it.
     tables = 2 * 4 * SEQ * config.head_dim if config.position == "rope" else 0
     assert planned_bytes(config, layout) == saved_bytes(config, layout) + tables
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 4])
+@pytest.mark.parametrize("blocks", [1, 2, 3, 4, 5])
+def test_with_some_blocks_checkpointed_the_others_keep_theirs(blocks, every):
+    layout = Layout(**{**vars(LAYOUT), "checkpointing": "full", "checkpointing_every": every})
+    config = GPT2.model_copy(update={"num_layers": blocks})
+    assert planned_bytes(config, layout) == saved_bytes(config, layout)
+
+
+def test_a_last_block_that_is_recomputed_comes_on_top():
+    def kept(blocks: int) -> Activations:
+        layout = Layout(**{**vars(LAYOUT), "checkpointing": "full", "checkpointing_every": 2})
+        return activations(GPT2.model_copy(update={"num_layers": blocks}), layout, "cpu")
+
+    assert kept(4).recomputed_last == 0
+    assert kept(3).recomputed_last == kept(3).recomputed == kept(4).recomputed > 0
 
 
 def test_a_recomputed_block_is_one_of_those_kept_without_checkpointing():

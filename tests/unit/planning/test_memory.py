@@ -34,7 +34,10 @@ def test_more_ranks_checkpointing_and_offload_never_take_more_of_the_device(stag
               for gpus in (8, 64, 512)]  # fmt: skip
     assert totals == sorted(totals, reverse=True)
     layout = replace(LAYOUT, zero_stage=stage)
-    assert memory(GPT2_XL, replace(layout, checkpointing="full")).total < memory(GPT2_XL, layout).total
+    checkpointed = [memory(GPT2_XL, replace(layout, checkpointing="full", checkpointing_every=every)).total
+                    for every in (1, 2, 4, 100)]  # fmt: skip
+    assert checkpointed == sorted(checkpointed)
+    assert checkpointed[-1] < memory(GPT2_XL, layout).total
     if stage:
         offloaded = memory(GPT2_XL, replace(layout, offload_optimizer=True))
         assert offloaded.optimizer < memory(GPT2_XL, layout).optimizer

@@ -69,6 +69,8 @@ def test_recomputing_all_blocks_costs_their_forward_once_more():
     forward = none.matmul / 3 + none.attention / 3 + none.elementwise / 3
     assert full.recompute == pytest.approx(forward)
     assert none.recompute == 0
+    third = step_time(LLAMA, replace(ONE, checkpointing="full", checkpointing_every=3), H100S)
+    assert third.recompute == pytest.approx(forward * math.ceil(LLAMA.num_layers / 3) / LLAMA.num_layers)
     stored = replace(ONE, flash_attention=False, checkpointing="selective")
     assert step_time(LLAMA, stored, H100S).recompute == pytest.approx(step_time(LLAMA, stored, H100S).attention / 3)
 
