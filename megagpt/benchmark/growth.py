@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from megagpt.benchmark.fresh import call, joined
+from megagpt.benchmark.parts import step_parts
 from megagpt.benchmark.slope import draw_slope
 from megagpt.benchmark.train import random_batch
 from megagpt.benchmark.turns import take_turns
@@ -64,6 +65,8 @@ class Growth:
     parts: list[dict[str, float]] = field(default_factory=list)
     """Of each point of an axis of ranks: medians of rank 0's seconds in forward (which waits for nobody), in backward
     with the reduction of gradients, and in the update with the gathering of weights."""
+    profiles: list[dict[str, float]] = field(default_factory=list)
+    """Of each point of another axis, on CPUs: where the seconds of one more step went, as megagpt.benchmark.parts."""
 
     @property
     def ideal_seconds(self) -> list[float]:
@@ -129,6 +132,8 @@ def _points(growth: Growth) -> list[dict[str, Any]]:
     ]
     if growth.cpus:
         return [{**point, **parts, "cpus": growth.cpus} for point, parts in zip(points, growth.parts, strict=True)]
+    if growth.profiles:
+        return [{**point, "parts_seconds": parts} for point, parts in zip(points, growth.profiles, strict=True)]
     return points
 
 
@@ -186,9 +191,11 @@ def _measure(
     with torch._dynamo.config.patch(automatic_dynamic_shapes=False):  # each size is compiled for itself
         take_turns(contenders, 2)  # compile; let the allocator find its size
     times = [statistics.median(seconds) for seconds in take_turns(contenders, steps).values()]
+    profiles = [step_parts(step) for step in contenders.values()] if device.type == "cpu" else []
     for engine in engines:
         engine.close()
-    growth = Growth(axis, [_size(config, axis) for config in configs], [_flops(config) for config in configs], times)
+    sizes, flops = [_size(config, axis) for config in configs], [_flops(config) for config in configs]
+    growth = Growth(axis, sizes, flops, times, profiles=profiles)
     _report(growth, report)
     return growth
 

@@ -67,13 +67,13 @@ _GPU_STEP = {"speedup over plain": Target(1.2, "x", at_least=True), "MFU": Targe
 _GPU_MFU = {"MFU": Target(0.55, "%", at_least=True, scale=0.01)}
 
 CPU = (
-    Entry("train_small", "Training step, small model", "train configs/small.yaml --steps 6 --transformers",
+    Entry("train_small", "Training step, small model", "train configs/small.yaml --steps 4 --transformers",
           nanogpt=True, targets=_SMALL_STEP),
-    Entry("train_ranks", "Training step, small model, two ranks", "train configs/small.yaml --ranks 2 --steps 6",
+    Entry("train_ranks", "Training step, small model, two ranks", "train configs/small.yaml --ranks 2 --steps 4",
           nanogpt=True, targets=_SMALL_STEP),
-    Entry("train_gpt2_124m", "Training step, GPT-2 124M", f"train configs/gpt2_124m.yaml {_ONE_ROW} --steps 6 "
+    Entry("train_gpt2_124m", "Training step, GPT-2 124M", f"train configs/gpt2_124m.yaml {_ONE_ROW} --steps 5 "
           "--transformers", nanogpt=True, targets=_SMALL_STEP),
-    Entry("train_llama_150m", "Training step, Llama 150M", f"train configs/llama_150m.yaml {_ONE_ROW} --steps 6 "
+    Entry("train_llama_150m", "Training step, Llama 150M", f"train configs/llama_150m.yaml {_ONE_ROW} --steps 5 "
           "--transformers"),
     Entry("loss", "Output head and loss, GPT-2 124M", "loss configs/gpt2_124m.yaml --tokens 1024"),
     Entry("start", "Time to the first step", "start configs/small.yaml"),

@@ -4,8 +4,10 @@ The plain loop is what a careful user writes without this project: fp32 weights,
 under autocast, full logits into cross_entropy, clipping, fused AdamW. nanoGPT runs as it ships on a CPU (fp32, eager)
 and at its best (compiled, autocast), transformers' model in the same loop, eager and compiled. All take turns
 (A B A B ...), so that whatever else the machine does slows all of them: on a GPU in one process, on CPUs each in its
-own with all of them, so that the allocator that this project tunes for itself serves no other. Where we are several
-ranks, they sleep in a barrier while another is at work.
+own with all of them, so that the allocator that this project tunes for itself serves no other. There a turn is two
+steps of which the second counts: a virtual machine's host may take back what a process has freed before its next turn,
+and to touch it again would cost some a quarter of their speed. Where we are several ranks, they sleep in a barrier
+while another is at work.
 """
 
 import statistics
@@ -134,7 +136,7 @@ def _compare(
     for step in range(steps + 1):
         if device.type == "cuda" and step == min(1, steps):  # optimizer state is there, and code is compiled
             step_bytes = {name: _bytes_beside(contender, device) for name, contender in contenders.items()}
-        for name, times in take_turns(contenders, 1).items():
+        for name, times in take_turns(contenders, 1, uncounted=int(step > 0 and device.type == "cpu")).items():
             seconds[name] += times
         if dist.get_rank() == 0:
             report(f"step {step}: " + ", ".join(f"{name} {times[-1]:.3f} s" for name, times in seconds.items()))

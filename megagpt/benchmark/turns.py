@@ -7,11 +7,16 @@ from collections.abc import Callable, Sequence
 import torch
 
 
-def take_turns(contenders: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each run of each contender; to wait for a GPU is the contender's matter."""
+def take_turns(contenders: dict[str, Callable[[], object]], repeats: int, uncounted: int = 0) -> dict[str, list[float]]:
+    """Seconds of each run of each contender; to wait for a GPU is the contender's matter.
+
+    uncounted: runs before each one that counts, so that it finds caches and memory as if there were no turns.
+    """
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(repeats):
         for name, run in contenders.items():
+            for _ in range(uncounted):
+                run()
             started = time.perf_counter()
             run()
             times[name].append(time.perf_counter() - started)

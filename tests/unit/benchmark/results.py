@@ -118,7 +118,13 @@ def _corpus() -> dict[str, Any]:
 
 def _growth() -> dict[str, Any]:
     points = [
-        {"size": size, "flops": size * 10, "step_seconds": seconds, "ideal_seconds": float(size)}
+        {
+            "size": size,
+            "flops": size * 10,
+            "step_seconds": seconds,
+            "ideal_seconds": float(size),
+            "parts_seconds": {"matrix products": size * 0.5e-14, "AdamW": 1e-14},
+        }
         for size, seconds in ((1, 1.5), (2, 2.0), (4, 4.0), (8, 8.0))
     ]
     return {"axes": dict.fromkeys(("sequence length", "depth", "width", "batch"), points)}

@@ -78,6 +78,7 @@ def test_the_command_measures_axes_and_draws_them(file: Path, tmp_path: Path):
     for points in found.values():
         ratios = [point["step_seconds"] / point["ideal_seconds"] for point in points]
         assert min(ratios) == pytest.approx(1)
+        assert all(point["parts_seconds"]["matrix products"] > 0 for point in points)
     assert (np.asarray(Image.open(plot).convert("L")) < 100).mean() > 0.002
 
 

@@ -55,6 +55,7 @@ def test_the_numbers_are_those_of_the_results(folder: Path):
     assert "| small | 8 | 361 | 111 | 1.50 (1.25 to 1.75) | 61% |" in section(page, "Sampling")
     assert "| 10 | 4.5 | 0.45 | 1 | 151 |" in section(page, "From text to tokens")
     assert "| depth | 1, 2, 4, 8 | 1.5, 2, 4, 8 | 1.5, 1, 1, 1 |" in section(page, "Growth of a training step")
+    assert "| depth | 1 | 0.5 | 1 |\n|  | 2 | 0.5 | 0.5 |" in section(page, "Growth of a training step")
     assert "| start of a blend | 2.5 s | 1.25 to 5 | <= 2 s | MISSED |" in section(page, "Reading datasets")
     assert "stalled training for 0.16 s where a synchronous one took\n1.26 s" in section(page, "Checkpoints")
 

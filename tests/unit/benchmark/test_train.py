@@ -86,9 +86,10 @@ def test_ranks_share_the_batch_and_only_rank_0_runs_the_plain_loop():
         first, second = ranks.run(_threads_while_comparing)
     finally:
         ranks.stop()
-    # Two steps, one of which counts, and one that is profiled; of 4 sequences by micro-batches of 2, each rank has one.
-    assert first == {"engine": [(1, 1)] * 3, "plain": 2}
-    assert second == {"engine": [(1, 1)] * 3, "plain": 0}
+    # One that compiles, two of which the second counts, one that is profiled; of 4 sequences in micro-batches of 2 each
+    # rank has one.
+    assert first == {"engine": [(1, 1)] * 4, "plain": 3}
+    assert second == {"engine": [(1, 1)] * 4, "plain": 0}
 
 
 def _threads_while_comparing() -> dict[str, object]:
