@@ -107,7 +107,10 @@ def train(
             raise UsageError(
                 "--fit-layers knows what ours and the plain loop take; leave --transformers and --nanogpt out"
             )
+        if any(variant.model.num_layers != run_config.model.num_layers for variant in variants.values()):
+            raise UsageError("--fit-layers says how many layers all have; leave model.num_layers out of --against")
         layers = _layers_that_fit(run_config, list(variants.values()), 2 if unfused else 1)
+        _printer()(f"{layers} of the model's {run_config.model.num_layers} layers fit")
         run_config = with_layers(run_config, layers)
         variants = {words: with_layers(variant, layers) for words, variant in variants.items()}
     place = discover()

@@ -16,12 +16,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any, TextIO
 
 from megagpt.errors import UserError
 
-_RUN_TURNS = "from megagpt.benchmark.fresh import serve_turns; serve_turns({!r}, {!r})"
 _RUN = "from megagpt.benchmark.fresh import serve; serve({!r}, {!r}, {!r})"
+_RUN_TURNS = "from megagpt.benchmark.fresh import serve_turns; serve_turns({!r}, {!r})"
 _SECONDS_BETWEEN_LOOKS = 0.05
 
 
@@ -66,7 +68,8 @@ def call(
                 process.kill()
                 process.wait()
         if failed is not None:
-            raise UserError(f"{function} failed: {_reason(Path(folder) / f'output_{failed}', processes[failed])}")
+            said = (Path(folder) / f"output_{failed}").read_bytes()
+            raise UserError(f"{function} failed: {_reason(said, processes[failed])}")
         return json.loads(result.read_bytes())
 
 
@@ -78,56 +81,65 @@ def serve(module: str, function: str, result: str) -> None:
 
 
 @contextlib.contextmanager
-def turns(module: str, function: str, arguments: Mapping[str, Any], name: str) -> Iterator[Callable[[], None]]:
+def turns(
+    module: str, function: str, arguments: Mapping[str, Any], threads: int, name: str
+) -> Iterator[Callable[[], None]]:
     """A function that lives in a new process: `function` of `module` returns it, and each call here is one call there.
 
-    The process has a thread for each CPU that this one may use, and ends with the block. UserError: it failed, and its
-    last line is given, of the contender `name`.
+    The process ends with the block, or with this one. UserError: it failed, and its last line is given, of the
+    contender `name`.
     """
-    place = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))), "DS_ACCELERATOR": "cpu"}
-    with tempfile.TemporaryDirectory(prefix="megagpt_benchmark_") as folder:
-        with open(Path(folder) / "output", "wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, "-c", _RUN_TURNS.format(module, function)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=output,
-                env={**os.environ, **place},
-                text=True,
-            )
-        assert process.stdin is not None
-        assert process.stdout is not None
+    place = {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu"}
+    command = [sys.executable, "-c", _RUN_TURNS.format(module, function)]
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, env={**os.environ, **place}
+        )
 
-        def turn(word: str = "") -> None:
+        def ask(line: str) -> None:
             assert process.stdin is not None
             assert process.stdout is not None
             with contextlib.suppress(BrokenPipeError):  # it says itself why it ended
-                process.stdin.write(f"{word}\n")
+                process.stdin.write(f"{line}\n".encode())
                 process.stdin.flush()
             if not process.stdout.readline():
                 process.wait()
-                raise UserError(f"{name} failed: {_reason(Path(folder) / 'output', process)}")
+                output.seek(0)
+                raise UserError(f"{name} failed: {_reason(output.read(), process)}")
 
         try:
-            turn(json.dumps(arguments))
-            yield turn
+            ask(json.dumps(arguments))
+            yield lambda: ask("")
         finally:
             process.kill()
             process.wait()
-            process.stdout.close()
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.close()
+            for pipe in (process.stdin, process.stdout):
+                assert pipe is not None
+                with contextlib.suppress(BrokenPipeError):
+                    pipe.close()
 
 
 def serve_turns(module: str, function: str) -> None:
-    """In the new process: answer each line on standard input with one when it is done; the first one has arguments."""
+    """In the new process: answer each line on standard input with one when it is done; the first one has arguments.
+
+    At the end of the input the process ends at once, whatever it is at: who asked is gone.
+    """
+    lines: SimpleQueue[str] = SimpleQueue()
+    Thread(target=_read_lines, args=(lines,), daemon=True).start()
     with os.fdopen(os.dup(1), "w") as answers:
         os.dup2(2, 1)  # what anybody prints is no answer
-        run = getattr(importlib.import_module(module), function)(json.loads(sys.stdin.readline()))
+        run = getattr(importlib.import_module(module), function)(json.loads(lines.get()))
         print(file=answers, flush=True)
-        for _ in sys.stdin:
+        while True:
+            lines.get()
             run()
             print(file=answers, flush=True)
+
+
+def _read_lines(lines: "SimpleQueue[str]") -> None:
+    for line in sys.stdin:
+        lines.put(line)
+    os._exit(0)
 
 
 @contextlib.contextmanager
@@ -211,8 +223,8 @@ def _pass_on(lines: TextIO, report: Callable[[str], None] | None) -> None:
         report(line.rstrip("\n"))
 
 
-def _reason(output: Path, process: "subprocess.Popen[Any]") -> str:
-    lines = output.read_bytes().decode(errors="replace").strip().splitlines()
+def _reason(output: bytes, process: "subprocess.Popen[bytes]") -> str:
+    lines = output.decode(errors="replace").strip().splitlines()
     if process.returncode < 0:
         return f"ended by {signal.Signals(-process.returncode).name}; it may need more memory than there is"
     return lines[-1] if lines else f"exit code {process.returncode}"

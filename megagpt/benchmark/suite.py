@@ -96,8 +96,6 @@ GPU = (
           "--against train.attention_kernel=efficient"),
     Entry("gpu_compile_model", "The whole model compiled as one on a GPU, GPT-2 124M", f"{_GPU_124M} --steps 20 "
           "--against train.compile_scope=model"),
-    Entry("gpu_deepcompile", "DeepCompile on a GPU, GPT-2 124M", f"{_GPU_124M} parallel.zero_stage=2 "
-          "--steps 20 --against train.compile_scope=deepcompile"),
     Entry("gpu_checkpointing", "Activation checkpointing on a GPU, GPT-2 124M", f"{_GPU_124M} --steps 20 "
           f"--against {_CHECKPOINTED} --against '{_CHECKPOINTED} train.activation_checkpointing_every=2' "
           f"--against '{_CHECKPOINTED} train.activation_checkpointing_every=4'"),

@@ -10,6 +10,7 @@ and to touch it again would cost some a quarter of their speed. Where we are sev
 while another is at work.
 """
 
+import os
 import statistics
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -84,6 +85,7 @@ def compare_on_rank(arguments: Mapping[str, Any]) -> dict[str, Any]:
 def loop_of(arguments: Mapping[str, Any]) -> Callable[[], object]:
     """A loop of `Peers.loops` in this process, on CPUs. arguments: config as a JSON tree, name, nanogpt (a path)."""
     config = RunConfig.model_validate(arguments["config"])
+    torch.use_deterministic_algorithms(config.train.deterministic)
     nanogpt = Path(arguments["nanogpt"]) if arguments["nanogpt"] else None
     return _Loops(config, torch.device("cpu"), nanogpt).named(arguments["name"])
 
@@ -93,8 +95,8 @@ def compare(
 ) -> dict[str, Any]:
     """Median seconds a step of all, after the first (compiling) step of each, and their ratios; JSON types.
 
-    On a GPU also the bytes that a step takes beside weights and optimizer state (of all contenders): activations,
-    logits, and such gradients as do not outlive it.
+    On a GPU also the bytes that a step takes at most beside what is held between steps (by all contenders):
+    activations, logits, and gradients, but for the fp32 sums that ours keeps at ZeRO 1 in bf16.
 
     All ranks call it; rank 0's times count, and its `report` is given a line about each step. Raises UsageError
     for several ranks on GPUs, which one process could not use.
@@ -125,16 +127,17 @@ def _compare(
     contenders = {name: _engine_turn(engine, _cut(own, cuts[name][0])) for name, engine in engines.items()}
     if dist.get_rank() == 0:
         nanogpt = str(peers.nanogpt) if peers.nanogpt else None
+        threads = torch.get_num_threads() if ranks == 1 else len(os.sched_getaffinity(0))
         for name in peers.loops:
             if device.type == "cpu":
                 arguments = {"config": config.model_dump(mode="json"), "name": name, "nanogpt": nanogpt}
-                contenders[name] = others.enter_context(turns(__name__, "loop_of", arguments, name))
+                contenders[name] = others.enter_context(turns(__name__, "loop_of", arguments, threads, name))
             else:
                 contenders[name] = _Loops(config, device, peers.nanogpt).named(name)
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     step_bytes: dict[str, int] = {}
     for step in range(steps + 1):
-        if device.type == "cuda" and step == min(1, steps):  # optimizer state is there, and code is compiled
+        if device.type == "cuda" and step == 1:  # optimizer state is there, and code is compiled
             step_bytes = {name: _bytes_beside(contender, device) for name, contender in contenders.items()}
         for name, times in take_turns(contenders, 1, uncounted=int(step > 0 and device.type == "cpu")).items():
             seconds[name] += times
@@ -251,7 +254,6 @@ class _Loops:
         dtype: torch.dtype,
     ) -> Callable[[], float]:
         def step() -> float:
-            optimizer.zero_grad(set_to_none=True)
             total = torch.zeros((), device=self.device)
             for batch in self.micro_batches:
                 with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
@@ -261,6 +263,7 @@ class _Loops:
             if self.config.optimizer.grad_clip:
                 nn.utils.clip_grad_norm_(model.parameters(), self.config.optimizer.grad_clip)
             optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
             return total.item()
 
         return step

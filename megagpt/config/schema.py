@@ -238,9 +238,9 @@ class TrainConfig(Section):
     """Seed of initial weights, sample order and dropout."""
     compile: bool = True
     """Whether to compile the model with torch.compile, see compile_scope."""
-    compile_scope: Literal["block", "model", "deepcompile"] = "block"
+    compile_scope: Literal["block", "model"] = "block"
     """What is compiled as one: a block, for all of them, and the loss (at parallel.zero_stage 3 the loss only); or the
-    whole model, which takes minutes (stages 0 to 2); or that with DeepSpeed's DeepCompile (GPUs, stages 2 and 3)."""
+    whole model, which takes a minute or more (stages 0 to 2)."""
     attention_kernel: Literal["auto", "flash", "cudnn", "efficient", "math"] = "auto"
     """Which of SDPA's kernels computes attention; auto: torch's choice, on CPUs in bf16 products of strips."""
     activation_checkpointing: bool = False
@@ -496,11 +496,9 @@ class RunConfig(Section):
         if train and train.compile_scope == "model" and parallel.zero_stage == 3:
             raise _problem(
                 "train.compile_scope",
-                "model needs whole weights, but parallel.zero_stage 3 gives every rank a part of each; choose block or "
-                "deepcompile, or stage 0, 1 or 2",
+                "model needs whole weights, but parallel.zero_stage 3 gives every rank a part of each; choose block, "
+                "or stage 0, 1 or 2",
             )
-        if train and train.compile_scope == "deepcompile" and parallel.zero_stage < 2:
-            raise _problem("train.compile_scope", "deepcompile is for parallel.zero_stage 2 and 3; choose one of them")
         return parallel
 
     @field_validator("optimizer")

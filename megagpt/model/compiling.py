@@ -1,12 +1,10 @@
-"""What torch.compile, and DeepSpeed's extension of it, need of a machine."""
+"""What torch.compile needs of a machine."""
 
 import shutil
 import sysconfig
 from pathlib import Path
 
-import torch
 import torch._inductor.config
-import torch.utils.cpp_extension
 
 
 def missing_for_compile() -> str | None:
@@ -17,12 +15,3 @@ def missing_for_compile() -> str | None:
     if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
         return "Python's headers (Python.h; the package python3-dev on Debian and Ubuntu)"
     return None
-
-
-def missing_for_deepcompile(device: torch.device) -> str | None:
-    """What DeepCompile lacks to train on `device`; None if nothing. It builds an extension against CUDA's headers."""
-    if device.type != "cuda":
-        return "an NVIDIA GPU"
-    if torch.utils.cpp_extension.CUDA_HOME is None:
-        return "the CUDA toolkit (CUDA_HOME, or nvcc in PATH)"
-    return missing_for_compile()

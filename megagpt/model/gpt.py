@@ -75,13 +75,11 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """The whole model. Its weights are arbitrary until `initialize_weights` or `load_state_dict`."""
 
-    def __init__(
-        self, config: ModelConfig, activation_checkpointing: bool = False, checkpointing_every: int = 1
-    ) -> None:
-        """activation_checkpointing: in training, of checkpointing_every blocks the first recomputes its activations."""
+    def __init__(self, config: ModelConfig, checkpointing_every: int = 0) -> None:
+        """checkpointing_every: of so many blocks the first recomputes its activations in backward; 0: none does."""
         super().__init__()
         self.config = config
-        self.activation_checkpointing, self.checkpointing_every = activation_checkpointing, checkpointing_every
+        self.checkpointing_every = checkpointing_every
         self.loss_kernels = EAGER_KERNELS
         self.output_kernel: Callable[[Tensor, Tensor], Tensor] = F.linear
         self.flex_attention = False
@@ -126,7 +124,7 @@ class GPT(nn.Module):
         rotary = self._rotary_tables(positions)
         hidden_states = self.dropout(self._embed(input_ids, positions))
         for index, block in enumerate(self.blocks):
-            recomputes = self.activation_checkpointing and index % self.checkpointing_every == 0
+            recomputes = self.checkpointing_every > 0 and index % self.checkpointing_every == 0
             if recomputes and self.training and cache is None:
                 hidden_states = checkpoint(block, hidden_states, rotary, mask, use_reentrant=False)
             else:
@@ -165,7 +163,10 @@ def compile_blocks(model: GPT) -> None:
 
 
 def compile_model(model: GPT) -> None:
-    """Compile all that `forward` does, the loss too, as one graph at its first use, but not the module's hooks."""
+    """Compile all that `forward` does, the loss too, as one graph at its first use, but not the module's hooks.
+
+    A copy of the model would have this one's `forward`: not to be copied or pickled afterwards.
+    """
     model.forward = torch.compile(model.forward, fullgraph=True)  # type: ignore[method-assign]
 
 

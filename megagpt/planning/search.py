@@ -149,7 +149,9 @@ def _kinds(config: RunConfig, base: Layout) -> Iterator[Layout]:
     """Layouts of one micro-batch: whatever the configuration's optimizer allows."""
     is_muon = config.optimizer.name == "muon"
     ways: list[tuple[Checkpointing, int]] = [("none", 1), *(("full", every) for every in _CHECKPOINTED_ONE_IN)]
-    for stage, (checkpointing, every) in itertools.product(range(3 if is_muon else 4), ways):
+    # A matrix of which every rank has a part can neither be Muon's nor in a graph of the whole model.
+    stages = 3 if is_muon or config.train.compile_scope == "model" else 4
+    for stage, (checkpointing, every) in itertools.product(range(stages), ways):
         layout = replace(base, zero_stage=stage, checkpointing=checkpointing, checkpointing_every=every, micro_batch=1,
                          shard_gpus=None, offload_optimizer=False, offload_parameters=False)  # fmt: skip
         yield layout

@@ -35,7 +35,7 @@ from megagpt.data.loader import Batch
 from megagpt.data.samples import IGNORE_INDEX
 from megagpt.errors import UsageError, UserError
 from megagpt.model.attention import missing_for_flex_attention, missing_for_sdpa_kernel
-from megagpt.model.compiling import missing_for_compile, missing_for_deepcompile
+from megagpt.model.compiling import missing_for_compile
 from megagpt.model.gpt import GPT, compile_attention, compile_blocks, compile_loss, compile_model, use_sdpa_kernel
 from megagpt.model.init import initialize_weights, learning_rate_scale, parameter_kind, stacked_heights
 from megagpt.training.checkpoint import SHARDS
@@ -67,7 +67,9 @@ _OWNED_OPTIONS = {
     "fp16.enabled": "train.precision",
     "torch_autocast": "train.precision",
     "data_types": "train.precision: gradients are always accumulated in fp32",
-    "compile.deepcompile": "train.compile_scope",
+    # DeepCompile (0.19) reduces gradients in their own 16 bits, waits for the device in every micro-batch, steps on
+    # zeros where the optimizer is offloaded, and fails after a resume.
+    "compile": "train.compile and train.compile_scope",
 }
 
 
@@ -103,8 +105,6 @@ def deepspeed_options(
         # With offload, torch's fused CPU AdamW steps: nothing to compile, and the same arithmetic as without offload.
         "zero_force_ds_cpu_optimizer": False,
     }
-    if config.train.compile_scope == "deepcompile":
-        options["compile"] = {"deepcompile": True}
     if precision != "fp32":
         if parallel.zero_stage == 0:
             options["torch_autocast"] = {"enabled": True, "dtype": _AUTOCAST_DTYPES[precision]}
@@ -133,8 +133,6 @@ class Engine:
         self.config = config
         self.device = device
         self.micro_batch_size = micro_batch_size
-        if config.train.compile_scope == "deepcompile" and (missing := missing_for_deepcompile(device)):
-            raise UsageError(f"train.compile_scope deepcompile: needs {missing}; choose block or model")
         self.options = deepspeed_options(config, micro_batch_size, gradient_accumulation_steps, device)
         self.zero_stage = int(self.options["zero_optimization"]["stage"])
         # DeepSpeed keeps this for the whole process: after an engine with autocast, one with fp16 weights never steps.
@@ -296,7 +294,8 @@ class Engine:
 
     def _build_model(self, weights: InitialWeights | None) -> GPT:
         train = self.config.train
-        build = partial(GPT, self.config.model, train.activation_checkpointing, train.activation_checkpointing_every)
+        every = train.activation_checkpointing_every if train.activation_checkpointing else 0
+        build = partial(GPT, self.config.model, every)
         if self.zero_stage < 3:
             model = build()
             copy_weights(model, weights) if weights else initialize_weights(model, train.seed)
@@ -320,10 +319,6 @@ class Engine:
                 compile_attention(self.module)
         if config.train.compile_scope == "model":
             compile_model(self.module)
-        elif config.train.compile_scope == "deepcompile":
-            # As one graph, or not at all: only such gradients are reduced as the graph itself computes.
-            with deepspeed_output_to_log():
-                self._engine.compile(compile_kwargs={"fullgraph": True})
         else:
             compile_loss(self.module)
             # At stage 3 DeepSpeed's hooks gather weights before every submodule: each would break the block's graph

@@ -1,4 +1,4 @@
-"""python -m tests.gpu.step_without_sync STAGE PRECISION FOLDER: steps an engine while every host sync is an error."""
+"""python -m tests.gpu.step_without_sync STAGE PRECISION SCOPE FOLDER: a host sync is an error in an engine's step."""
 
 import sys
 from pathlib import Path
@@ -11,9 +11,10 @@ from megagpt.data.loader import Batch
 from tests.distributed.jobs import VOCAB_SIZE, tiny_config
 
 
-def main(stage: int, precision: str, folder: Path) -> None:
-    sizes = {"micro_batch_size": 2, "global_batch_size": 4, "precision": precision, "device": "cuda", "compile": True}
-    config = tiny_config(folder, folder / "run", parallel={"zero_stage": stage}, train=sizes)
+def main(stage: int, precision: str, scope: str, folder: Path) -> None:
+    sizes = {"micro_batch_size": 2, "global_batch_size": 4, "precision": precision, "device": "cuda"}
+    train = {**sizes, "compile": True, "compile_scope": scope}
+    config = tiny_config(folder, folder / "run", parallel={"zero_stage": stage}, train=train)
     with joined(discover(), config.train) as (_, device):
         from megagpt.training.engine import Engine
 
@@ -30,4 +31,4 @@ def main(stage: int, precision: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3], Path(sys.argv[4]))

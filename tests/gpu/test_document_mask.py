@@ -38,7 +38,7 @@ def shaped(head_dim: int = 64, position: str = "rope", kv_heads: int = 2) -> Mod
     return LLAMA.model_copy(update=shape | {"num_layers": 2})
 
 
-def on_gpu(config: ModelConfig, compiled: str = "", **options: bool) -> GPT:
+def on_gpu(config: ModelConfig, compiled: str = "", **options: int) -> GPT:
     """A model on the GPU; compiled "alone": FlexAttention only, as with ZeRO-3; "in blocks": these, too."""
     model = build(config, **options).to(DEVICE).train()
     if compiled:
@@ -83,7 +83,7 @@ def test_fp32_logits_and_gradients_are_those_of_separate_passes(head_dim, positi
     expected_logits = separate_logits(alone, ids)
     expected = gradients(alone, F.cross_entropy(expected_logits.flatten(0, 1), targets.flatten()))
 
-    model = on_gpu(config, compiled, activation_checkpointing=checkpointing)
+    model = on_gpu(config, compiled, checkpointing_every=int(checkpointing))
     with torch.no_grad():
         assert relative_error(model(ids, document_ids=ids_of(ROWS)), expected_logits) < 1e-4
     found = gradients(model, model(ids, targets, ids_of(ROWS)) / targets.numel())

@@ -18,7 +18,7 @@ def test_one_layer_more_would_be_too_much(gib: int, variants: int):
     layers = most_layers(LLAMA, [LLAMA] * variants, 1, gib * 2**30)
     assert 1 <= layers < LLAMA.model.num_layers
     fitting, larger = (
-        contenders_bytes([with_layers(LLAMA, count)] * (1 + variants), 1) / (0.95 * gib * 2**30)
+        contenders_bytes([with_layers(LLAMA, count)] * (1 + variants), 1) / (gib * 2**30)
         for count in (layers, layers + 1)
     )
     assert fitting <= 1 < larger

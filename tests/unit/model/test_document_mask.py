@@ -136,7 +136,7 @@ def test_compiled_and_recomputed_it_gives_the_same_gradients_from_one_compilatio
     eager = build(config)
     expected = [gradients(eager, eager(ids, ids, each) / ids.numel()) for each in documents]
 
-    model = build(config, activation_checkpointing=True).train()
+    model = build(config, checkpointing_every=1).train()
     counter, compile_function = CompileCounterWithBackend("aot_eager"), torch.compile
     monkeypatch.setattr(torch, "compile", lambda function, **_: compile_function(function, backend=counter))
     compile_module = torch.nn.Module.compile

@@ -66,8 +66,8 @@ def test_no_position_sees_a_later_token(config):
 def test_activation_checkpointing_changes_no_gradient_dropout_included(config):
     config = config.model_copy(update={"dropout": 0.2})
     ids, results = tokens(config), []
-    for checkpointing, every in ((False, 1), (True, 1), (True, 2)):
-        model = build(config, activation_checkpointing=checkpointing, checkpointing_every=every).train()
+    for every in (0, 1, 2):
+        model = build(config, checkpointing_every=every).train()
         torch.manual_seed(3)
         results.append(gradients(model, ids))
     torch.testing.assert_close(results[1], results[0], atol=1e-6, rtol=1e-5)
@@ -76,8 +76,8 @@ def test_activation_checkpointing_changes_no_gradient_dropout_included(config):
 
 def test_activation_checkpointing_keeps_fewer_activations():
     kept = []
-    for checkpointing, every in ((False, 1), (True, 1), (True, 2)):
-        model = build(GPT2, activation_checkpointing=checkpointing, checkpointing_every=every).train()
+    for every in (0, 1, 2):
+        model = build(GPT2, checkpointing_every=every).train()
         sizes = []
         with saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
             model(tokens(GPT2), tokens(GPT2))

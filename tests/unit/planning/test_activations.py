@@ -34,7 +34,7 @@ def compiled_anew(monkeypatch) -> None:
 
 def saved_bytes(config: ModelConfig, layout: Layout) -> int:
     """Bytes of the storages, parameters aside, that a forward pass under `layout` saves."""
-    model = GPT(config, layout.checkpointing == "full", layout.checkpointing_every).train()
+    model = GPT(config, layout.checkpointing_every if layout.checkpointing == "full" else 0).train()
     mixed = layout.zero_stage == 0 and layout.precision == "bf16"
     if not mixed and layout.precision == "bf16":
         model.to(torch.bfloat16)

@@ -65,6 +65,23 @@ def test_options_are_ranked_and_each_is_a_configuration_that_fits(planned, tmp_p
         assert again["step_seconds"]["total"] == pytest.approx(option["step_seconds"])
 
 
+def test_every_option_is_a_configuration_that_is_accepted(tmp_path):
+    file, whole = tmp_path / "plan.json", "train.compile_scope=model"
+    for more in ([], [whole]):
+        done = run(CONFIG, "--gpus", 64, "--search", "--json", file, *more)
+        assert done.returncode == 0, done.stderr
+        stages = set()
+        for option in json.loads(file.read_text())["options"]:
+            stages.add(load_config(CONFIG, [*more, *option["overrides"]]).parallel.zero_stage)
+        assert (3 in stages) == (not more)
+    assert re.search(r" 1 in [24] ", done.stdout)
+
+
+def test_blocks_that_are_checkpointed_are_told():
+    done = run(CONFIG, "--gpus", 64, "train.activation_checkpointing=true", "train.activation_checkpointing_every=4")
+    assert "activation checkpointing of one block in 4" in " ".join(done.stdout.split())
+
+
 def test_curves_keep_the_batch_or_let_it_grow(planned):
     _, numbers, _ = planned
     strong, weak = numbers["curves"]["strong"], numbers["curves"]["weak"]

@@ -5,7 +5,7 @@ import torch
 
 from megagpt.config.schema import RunConfig
 from megagpt.errors import UsageError
-from megagpt.model.compiling import missing_for_compile, missing_for_deepcompile
+from megagpt.model.compiling import missing_for_compile
 from megagpt.model.gpt import GPT
 from megagpt.model.init import parameter_kind
 from megagpt.training.engine import deepspeed_options
@@ -49,6 +49,7 @@ def test_raw_options_are_merged_last_and_deep():
         ({"train_batch_size": 8}, "train.global_batch_size"),
         ({"bf16": {"enabled": False}}, "train.precision"),
         ({"optimizer": {"type": "Adam"}}, "the section optimizer"),
+        ({"compile": {"deepcompile": True}}, "train.compile and train.compile_scope"),
     ],
 )
 def test_raw_options_that_contradict_the_configuration_are_refused(raw, owner):
@@ -72,32 +73,17 @@ def test_offload_goes_to_host_memory_and_needs_no_compiled_optimizer():
     assert options["zero_force_ds_cpu_optimizer"] is False
 
 
-def test_deepcompile_is_deepspeeds_option_of_that_name():
-    assert "compile" not in deepspeed_options(config(), 1, 1, CPU)
-    run = config(train={"compile_scope": "deepcompile"}, parallel={"zero_stage": 3})
-    assert deepspeed_options(run, 1, 1, CPU)["compile"] == {"deepcompile": True}
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"train": {"compile": False, "compile_scope": "model"}}, "is a part of train.compile; set"),
         ({"train": {"compile_scope": "model"}, "parallel": {"zero_stage": 3}}, "compile_scope.*needs whole weights"),
-        ({"train": {"compile_scope": "deepcompile"}, "parallel": {"zero_stage": 1}}, "for parallel.zero_stage 2 and 3"),
         ({"train": {"activation_checkpointing_every": 2}}, "is a part of train.activation_checkpointing"),
     ],
 )
 def test_what_would_do_nothing_or_cannot_be_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         config(**changes)
-
-
-def test_deepcompile_says_what_it_lacks(monkeypatch):
-    assert missing_for_deepcompile(CPU) == "an NVIDIA GPU"
-    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", None)
-    assert missing_for_deepcompile(torch.device("cuda")).startswith("the CUDA toolkit")
-    monkeypatch.setattr("torch.utils.cpp_extension.CUDA_HOME", "/usr/local/cuda")
-    assert missing_for_deepcompile(torch.device("cuda")) is None
 
 
 def test_a_machine_that_cannot_build_kernels_is_told_what_it_lacks(monkeypatch, tmp_path):
