@@ -9,7 +9,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from megagpt.config import ModelConfig
 from megagpt.inference.generate import generate
 from megagpt.inference.sampling import Sampling
-from megagpt.model import GPT, compile_blocks, initialize_weights
+from megagpt.model import GPT, compile_blocks, compile_model, initialize_weights
 from megagpt.model.embedding import Embedding
 from tests.unit.model.configs import FAMILIES, GPT2, LLAMA, build, tokens
 
@@ -96,6 +96,27 @@ def test_compiled_layers_give_the_eager_gradients_and_share_the_code_of_the_firs
     expected = gradients(model, ids)
     compile_blocks(model)
     torch.testing.assert_close(gradients(model, ids), expected, atol=1e-6, rtol=1e-5)
+    assert counter.frame_count == 1
+
+
+@families
+@pytest.mark.parametrize(
+    ("dropout", "documents", "every"), [(0.0, False, 0), (0.2, False, 0), (0.0, True, 2), (0.2, False, 1)]
+)
+def test_the_whole_model_is_one_graph_with_the_eager_gradients(config, dropout, documents, every, monkeypatch):
+    torch.compiler.reset()
+    counter, torch_compile = CompileCounterWithBackend("aot_eager"), torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda function, **options: torch_compile(function, backend=counter, **options)
+    )
+    model = build(config.model_copy(update={"dropout": dropout}), checkpointing_every=every).train()
+    ids = tokens(config)
+    more = {"document_ids": (torch.arange(ids.shape[1] - 1) // 13).expand(len(ids), -1).int()} if documents else {}
+    torch.manual_seed(3)
+    expected = gradients(model, ids, **more)
+    compile_model(model)
+    torch.manual_seed(3)
+    torch.testing.assert_close(gradients(model, ids, **more), expected, atol=1e-6, rtol=1e-5)
     assert counter.frame_count == 1
 
 
