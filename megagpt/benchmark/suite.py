@@ -67,7 +67,7 @@ _GPU_STEP = {"speedup over plain": Target(1.2, "x", at_least=True), "MFU": Targe
 _GPU_MFU = {"MFU": Target(0.55, "%", at_least=True, scale=0.01)}
 
 CPU = (
-    Entry("train_small", "Training step, small model", "train configs/small.yaml --steps 4 --transformers",
+    Entry("train_small", "Training step, small model", "train configs/small.yaml --steps 6 --transformers",
           nanogpt=True, targets=_SMALL_STEP),
     Entry("train_ranks", "Training step, small model, two ranks", "train configs/small.yaml --ranks 2 --steps 4",
           nanogpt=True, targets=_SMALL_STEP),
