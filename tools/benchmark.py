@@ -67,7 +67,9 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[section.key=value]...", help="Changes to the configuration.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Counted steps of each, after one that compiles.")] = 10,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Counted steps of each, after one that compiles; on CPUs another precedes each.")
+    ] = 10,
     transformers: Annotated[bool, typer.Option("--transformers", help="Compare with its model, too.")] = False,
     nanogpt: Annotated[
         Path | None, typer.Option(help="The model.py of a checkout of nanoGPT, to compare with.")

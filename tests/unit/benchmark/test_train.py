@@ -116,12 +116,15 @@ def _threads_while_comparing() -> dict[str, object]:
     return {"engine": seen, "plain": plain.call_count, "asked": asked}
 
 
-def test_a_loop_of_another_process_has_its_threads_and_prints_nothing_between_its_answers(tmp_path: Path):
+def test_a_loop_of_another_process_has_its_threads_and_prints_nothing_between_its_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     notes = tmp_path / "notes"
-    with turns(__name__, "_noting_threads", {"file": str(notes)}, 1, "plain") as turn:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # is this process's
+    with turns(__name__, "_noting_threads", {"file": str(notes)}, 2, "plain") as turn:
         turn()
         turn()
-        assert notes.read_text() == "1\n" * 2
+        assert notes.read_text() == "2\n" * 2
 
 
 def _noting_threads(arguments: dict[str, str]) -> Callable[[], None]:
